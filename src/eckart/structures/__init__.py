@@ -1,0 +1,23 @@
+"""Structured linear maps: weights stored as something smaller than a dense matrix."""
+
+from __future__ import annotations
+
+from .arithmetic import add, round_rank, to_lora
+from .base import STRUCTURES, Structure, structure_from_spec
+from .dense import Dense
+from .low_rank import LowRank
+from .sum import Sum
+from .warnings import EckartWarning
+
+__all__ = [
+    "STRUCTURES",
+    "Dense",
+    "EckartWarning",
+    "LowRank",
+    "Structure",
+    "Sum",
+    "add",
+    "round_rank",
+    "structure_from_spec",
+    "to_lora",
+]
