@@ -27,6 +27,7 @@ from torch import Tensor
 from ..linalg import Form, LinalgError, pivot_rows
 from .base import Structure, empty_parameter, wide
 from .warnings import EckartWarning
+from .weight import WeightView
 
 __all__ = ["LowRank", "Side"]
 
@@ -212,6 +213,11 @@ class LowRank(Structure):
         """2 tokens k (m + n), less 2 tokens k^2 in the pivoted form."""
         saved = 0 if self.side is None else self.rank
         return 2 * tokens * self.rank * (self.out_features + self.in_features - saved)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in) for code that looks at ``layer.weight``: dtype, device and shape are free, use builds W."""
+        return WeightView(self)
 
     def max_combination(self) -> float:
         """Largest absolute coefficient of the combination; 0 where there is none."""

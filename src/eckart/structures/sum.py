@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Structure, structure_from_spec, wide
+from .weight import WeightView
 
 __all__ = ["Sum"]
 
@@ -71,6 +72,11 @@ class Sum(Structure):
         """Sum of the terms' weights (out, in), accumulated in float32 or wider."""
         total = torch.stack([wide(term.dense()) for term in self.parts()]).sum(0)
         return total.to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in) for code that looks at ``layer.weight``: dtype, device and shape are free, use builds W."""
+        return WeightView(self)
 
     def flops(self, tokens: int) -> int:
         """Sum over the terms; their additions are not counted."""
