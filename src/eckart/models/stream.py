@@ -1,0 +1,178 @@
+"""A checkpoint worked on block by block: read, changed, written as it goes, never in memory as a whole.
+
+The model is built without weights. What the embeddings hold is read once; the weights of a block are in
+memory only while it is visited, and leave it as one shard of the new checkpoint. Peak memory is the
+embeddings, one block, and what is done with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .topology import block_of, blocks
+
+__all__ = ["CheckpointReader", "StreamedModel"]
+
+
+class CheckpointReader:
+    """Tensors of a safetensors checkpoint by name, each read when asked for.
+
+    Args:
+        path: directory with ``model.safetensors``, or shards and their index.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        index = path / "model.safetensors.index.json"
+        single = path / "model.safetensors"
+        if index.is_file():
+            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files = {key: path / name for key, name in names.items()}
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self.files = dict.fromkeys(file.keys(), single)
+        else:
+            raise FileNotFoundError(f"{path} has no safetensors files; streaming needs a safetensors checkpoint")
+
+    def read(self, key: str) -> torch.Tensor:
+        """A copy of the tensor ``key``.
+
+        The file is opened anew each time: pages of an open file stay in this process's memory.
+        """
+        with safe_open(self.files[key], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key).clone()
+        return tensor
+
+
+class StreamedModel:
+    """A model without weights over a checkpoint, and a new checkpoint that grows block by block.
+
+    Args:
+        source: directory of the dense checkpoint.
+        target: directory to write shards to; made by the caller, who also removes it on failure.
+
+    Attributes:
+        model: the transformers model; its blocks' weights are on the meta device outside `visiting`.
+        blocks: its blocks.
+
+    Raises:
+        ValueError: if the checkpoint's names are not the model's (transformers converts some on loading,
+            such as fused experts), so that blocks cannot be read one by one.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.reader = CheckpointReader(source)
+        self.target = target
+        self.model: Any = _skeleton(source)
+        self.blocks = blocks(self.model)
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+        self._tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        self._keys = self._match(self.model.state_dict().keys())
+        inside = {name: block_of(name, self.blocks) for name in self._keys}
+        self._of_block: dict[str, list[str]] = {block.name: [] for block in self.blocks}
+        outside: list[str] = []
+        for name, block in inside.items():
+            (outside if block is None else self._of_block[block.name]).append(name)
+        head: nn.Module | None = self.model.get_output_embeddings()
+        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        # The head is the largest matrix of many models, and no block needs it.
+        self._fill(name for name in outside if id(parameters.get(name)) not in unused)
+        if self._tied:
+            self.model.tie_weights()
+        self._outside = outside
+
+    def _match(self, names: Iterable[str]) -> dict[str, str]:
+        """Model's name -> checkpoint's name, which may carry the base model's prefix or lack it."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        found: dict[str, str] = {}
+        for name in names:
+            choices = (name, name.removeprefix(prefix), prefix + name)
+            key = next((choice for choice in choices if choice in self.reader.files), None)
+            if key is not None:
+                found[name] = key
+            elif name not in self._tied:
+                raise ValueError(
+                    f"the checkpoint has no tensor {name}: it is stored in another layout than the model's, "
+                    "so it cannot be streamed; compress it in memory"
+                )
+        return found
+
+    def _fill(self, names: Iterable[str]) -> None:
+        for name in names:
+            _assign(self.model, name, self.reader.read(self._keys[name]))
+
+    @contextlib.contextmanager
+    def visiting(self, index: int, *, changed: bool) -> Iterator[None]:
+        """Have the weights of a block in memory; write the block as a shard at the end if ``changed``.
+
+        Raises:
+            ValueError: NaN or Inf in a weight of the block.
+        """
+        block = self.blocks[index]
+        self._fill(self._of_block[block.name])
+        for name, parameter in block.module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"{block.name}.{name} has NaN or Inf in it; repair or re-download the checkpoint")
+        yield
+        tensors = {f"{block.name}.{key}": value for key, value in block.module.state_dict().items()}
+        if changed:
+            self._write(index, tensors)
+        for name, tensor in tensors.items():
+            _assign(self.model, name, tensor.to("meta"))
+
+    def finish(self) -> None:
+        """Write what lies outside the blocks, and the index: all weights are on disk then."""
+        names = [name for name in self._outside if name not in self._tied]
+        self._write(len(self.blocks), {name: self.reader.read(self._keys[name]) for name in names})
+        index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        (self.target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        name = f"model-{number + 1:05}-of-{len(self.blocks) + 1:05}.safetensors"
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, self.target / name, metadata={"format": "pt"}
+        )
+        self._weight_map.update(dict.fromkeys(tensors, name))
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _skeleton(source: Path) -> nn.Module:
+    """The model with parameters on the meta device and real buffers, in eval mode."""
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(source)
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise ValueError(f"{source / 'config.json'} names no architecture that transformers has")
+    dtype = getattr(config, "dtype", None) or torch.float32
+    # Buffers such as rotary frequencies are computed, not stored, so they are made for real.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: nn.Module = kind._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, keeping which of the two it is."""
+    owner_name, _, key = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if key in owner._parameters:
+        owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[key] = tensor
