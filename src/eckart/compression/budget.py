@@ -1,0 +1,136 @@
+"""A budget in one of four units, and the rank it means for every selected matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..linalg.allocate import Matrix, Policy, allocate
+from ..linalg.rank import Form, break_even_rank, energy_rank, num_parameters
+
+__all__ = ["Budget"]
+
+Unit = Literal["ratio", "rank", "bytes", "energy"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How small the selected weights are to become; exactly one unit.
+
+    Attributes:
+        unit: "ratio", "rank", "bytes" or "energy".
+        value: ratio: fraction of the selected weights' parameters to remove, in (0, 1). rank: the same rank
+            for all matrices. bytes: size of the whole model afterwards. energy: share of each matrix's
+            squared (weighted) singular values to keep, in (0, 1).
+    """
+
+    unit: Unit
+    value: float
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        ratio: float | None = None,
+        rank: int | None = None,
+        bytes: float | None = None,
+        energy: float | None = None,
+    ) -> Budget:
+        """The one unit that is not None; ratio 0.2 if all are.
+
+        Raises:
+            ValueError: if more than one unit is given, or the value is out of its range.
+        """
+        units: dict[Unit, float | None] = {"ratio": ratio, "rank": rank, "bytes": bytes, "energy": energy}
+        given = [(unit, value) for unit, value in units.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one budget, not {' and '.join(unit for unit, _ in given)}")
+        unit, value = given[0] if given else ("ratio", 0.2)
+        if not math.isfinite(value):
+            raise ValueError(f"{unit} must be a finite number, not {value}")
+        if unit in ("ratio", "energy") and not 0 < value < 1:
+            meaning = "fraction of parameters to remove" if unit == "ratio" else "fraction of energy to keep"
+            raise ValueError(f"{unit} must lie between 0 and 1 (the {meaning}), not {value}")
+        if unit == "rank" and (value < 1 or value != int(value)):
+            raise ValueError(f"rank must be a whole number of at least 1, not {value}")
+        if unit == "bytes" and value <= 0:
+            raise ValueError(f"bytes must be positive, not {value}")
+        return cls(unit, value)
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.value:g}"
+
+    def needs_spectra(self, policy: Policy) -> bool:
+        """Whether ranks depend on the singular values of all matrices."""
+        return self.unit == "energy" or (self.unit in ("ratio", "bytes") and policy != "uniform")
+
+    def ranks(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        policy: Policy,
+        form: Form,
+        spectra: Mapping[str, torch.Tensor] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        model_bytes: int = 0,
+        bytes_per_parameter: float = 4.0,
+    ) -> dict[str, int]:
+        """The rank of each matrix; min(m, n) where it stays dense because no rank below pays.
+
+        Args:
+            shapes: name -> (m, n).
+            policy: how one budget is shared, see `eckart.linalg.allocate`.
+            form: storage form, which sets what a rank costs.
+            spectra: name -> singular values, where `needs_spectra`.
+            kinds: name -> type of the matrix (all query projections, say), for policies that share
+                within a type.
+            model_bytes: size of the whole model now, for the unit bytes.
+            bytes_per_parameter: size of one selected weight, for the unit bytes.
+
+        Raises:
+            ValueError: if the budget cannot be met, with the nearest one that can.
+        """
+        if self.unit == "rank":
+            return {name: _or_dense(int(self.value), shape, form) for name, shape in shapes.items()}
+        if self.unit == "energy":
+            assert spectra is not None
+            return {
+                name: _or_dense(max(1, int(energy_rank(spectra[name], self.value))), shape, form)
+                for name, shape in shapes.items()
+            }
+        ratio = self.value if self.unit == "ratio" else self._ratio(shapes, model_bytes, bytes_per_parameter)
+        matrices = [
+            Matrix(
+                name=name,
+                shape=shape,
+                spectrum=None if spectra is None else spectra[name],
+                group=(kinds or {}).get(name, ""),
+            )
+            for name, shape in shapes.items()
+        ]
+        return allocate(matrices, ratio, policy=policy, form=form)
+
+    def _ratio(self, shapes: Mapping[str, tuple[int, int]], model_bytes: int, size: float) -> float:
+        selected = sum(m * n for m, n in shapes.values()) * size
+        ratio = (model_bytes - self.value) / selected
+        if not 0 < ratio < 1:
+            smallest, largest = model_bytes - selected, model_bytes
+            raise ValueError(
+                f"{self.value:,.0f} bytes cannot be reached: the model has {largest:,.0f} bytes, of which "
+                f"{smallest:,.0f} are not selected; choose a value in between"
+            )
+        return ratio
+
+
+def _or_dense(rank: int, shape: tuple[int, int], form: Form) -> int:
+    m, n = shape
+    return rank if rank < break_even_rank(m, n, form) and num_parameters(m, n, rank, form) < m * n else min(m, n)
+
+
+def kinds_of(names: Sequence[str]) -> dict[str, str]:
+    """The type of each matrix: its name with the numbers of its blocks taken out."""
+    return {name: ".".join(part for part in name.split(".") if not part.isdigit()) for name in names}

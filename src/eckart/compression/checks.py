@@ -1,0 +1,86 @@
+"""What must hold before a model is compressed, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models.quantizer import METHOD, specs
+from ..models.result import Result
+from ..models.select import LinearRef, Selection, Skipped
+from ..models.topology import Block, block_of
+
+__all__ = ["check_finite", "check_promises", "check_untouched", "describe", "inside_blocks"]
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Refuse a model that is compressed or quantized already.
+
+    Raises:
+        ValueError: saying with what.
+    """
+    if specs(model):
+        raise ValueError(
+            "the checkpoint is compressed by Eckart already; start from the dense one, "
+            "or turn this one dense first with `eckart export`"
+        )
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    if method not in (None, METHOD):
+        name = getattr(method, "value", method)
+        raise ValueError(f"the checkpoint is quantized with {name}; start from the dense one")
+
+
+def inside_blocks(selection: Selection, blocks: list[Block]) -> Selection:
+    """Move linears outside the repeated blocks (a head, a pooler) to the skipped ones.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    taken: list[LinearRef] = []
+    skipped = list(selection.skipped)
+    for ref in selection.linears:
+        if block_of(ref.name, blocks) is None:
+            reason = "outside the repeated blocks"
+            skipped.append(Skipped(ref.name, reason, ref.in_features * ref.out_features))
+        elif ref.kind == "structure":
+            raise ValueError(f"{ref.name} is a structure already; start from the dense model")
+        else:
+            taken.append(ref)
+    if not taken:
+        raise ValueError("none of the selected layers can be compressed: " + "; ".join(map(describe, skipped)))
+    return Selection(taken, skipped)
+
+
+def check_finite(members: list[LinearRef]) -> None:
+    """Refuse weights with NaN or Inf entries; weights on the meta device are checked when they are read.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    for ref in members:
+        weight = ref.weight
+        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{ref.name} has NaN or Inf in its weight; repair or re-download the checkpoint")
+
+
+def check_promises(result: Result, selected: int) -> None:
+    """Raise unless every selected layer was handled and the model became smaller.
+
+    Raises:
+        RuntimeError: saying what was broken; the model must not be used.
+    """
+    if len(result.layers) != selected:
+        raise RuntimeError(f"{selected - len(result.layers)} selected layers were not visited")
+    factored = [layer for layer in result.layers if layer.form != "dense"]
+    before, after = result.selected_parameters
+    if factored and not after < before:
+        raise RuntimeError(f"the selected weights hold {after:,} numbers, no fewer than the {before:,} before")
+    (p0, p1) = result.parameters
+    if p0 - p1 != before - after:
+        raise RuntimeError(f"the model lost {p0 - p1:,} numbers, its selected weights {before - after:,}: a tie broke")
+
+
+def describe(skipped: Skipped) -> str:
+    """One line for people."""
+    return f"{skipped.name}: {skipped.reason} ({skipped.parameters:,} parameters)"

@@ -1,0 +1,213 @@
+"""The verb: compress a model in place under a budget, and check that it did what it promised."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any, cast, get_args
+
+import torch
+from torch import nn
+
+from .. import catalog
+from ..linalg.allocate import Policy
+from ..linalg.rank import Form
+from ..models.batches import as_batches, text_batches
+from ..models.calibrate import SEQUENTIAL, Statistics, calibrate
+from ..models.evaluate import model_bytes, num_parameters, peak_memory
+from ..models.groups import evaluating
+from ..models.quantizer import mark
+from ..models.replay import Batch
+from ..models.result import Result
+from ..models.select import Where, linears
+from ..models.topology import blocks
+from ..structures import EckartWarning
+from .budget import Budget
+from .checks import check_finite, check_promises, check_untouched, describe, inside_blocks
+from .contract import WeightMethod
+from .runner import InMemory, Plan, Walk, Weights
+
+__all__ = ["compress", "make_method"]
+
+
+def compress(
+    model: nn.Module,
+    method: str | WeightMethod = "pifa",
+    *,
+    ratio: float | None = None,
+    rank: int | None = None,
+    bytes: float | None = None,
+    energy: float | None = None,
+    data: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    statistics: Mapping[str, Statistics] | None = None,
+    where: Where | None = None,
+    allocation: Policy = "uniform",
+    form: Form = "pivoted",
+    progress: bool = True,
+    weights: Weights | None = None,
+    **options: Any,
+) -> Result:
+    """Replace the selected weights of a model by low-rank factors, in place.
+
+        W (m, n)  ->  up (m, k) @ down (k, n), or pivoted: k rows of it and an (m - k, k) combination
+
+    Args:
+        model: a transformers model, on any device, in any floating-point type.
+        method: a catalog name (`eckart methods --family compression`), or a method with its options.
+        ratio: budget: fraction of the selected weights' parameters to remove; 0.2 if no budget is given.
+        rank: budget: the same rank for every matrix.
+        bytes: budget: size of the whole model afterwards.
+        energy: budget: share of each matrix's squared singular values, in the method's measure, to keep.
+        data: calibration batches, dictionaries of tensors or tensors of token ids; the Python documentation
+            through ``tokenizer`` if None. Not used by methods without needs.
+        tokenizer: for the default calibration text only.
+        statistics: what `eckart.calibrate` gathered on the dense model, to compress it several times with one
+            calibration; not enough for methods that look at the compressed model too.
+        where: which linears, as in `eckart.models.linears`; default all inside the repeated blocks.
+        allocation: how one ratio is shared: "uniform", "threshold", "svd-llm-v2", "welore".
+        form: "pivoted" (fewer numbers at the same rank, lossless) or "plain" (two factors).
+        progress: show bars with the time left.
+        weights: where the blocks' weights are, for models that do not fit (`eckart.compression.stream`).
+        options: the method's own options, when it is given by name.
+
+    Returns:
+        What was done; ``result.model`` is the model. Layers left dense or alone are listed.
+
+    Raises:
+        UnknownMethodError: with the nearest names.
+        ValueError: a bad option or budget, no data, no linears, NaN or Inf in a weight (named by layer), or
+            a model that is compressed already. The model is unchanged.
+        LinalgError: a factorisation failed, named by layer; the layers before it are compressed already, so
+            load the model again.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> data = [{"input_ids": torch.arange(24).reshape(2, 12)}]
+        >>> result = compress(LlamaForCausalLM(config), "svd-llm", ratio=0.3, data=data, progress=False)
+        >>> bool(0.3 <= result.ratio < 0.4), len(result.layers)
+        (True, 14)
+    """
+    start = time.perf_counter()
+    chosen = make_method(method, options)
+    budget = Budget.of(ratio=ratio, rank=rank, bytes=bytes, energy=energy)
+    for value, allowed, name in ((allocation, Policy, "allocation"), (form, Form, "form")):
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {value!r}")
+    check_untouched(model)
+    repeated = blocks(model)
+    selection = inside_blocks(linears(model, where), repeated)
+    members = selection.linears
+    check_finite(members)
+    surveys = chosen.surveys if budget.needs_spectra(allocation) else frozenset()
+    given = dict(statistics or {})
+    for ref in members if given else ():
+        for need in (chosen.gathers | surveys) - SEQUENTIAL:
+            if ref.name not in given:
+                raise ValueError(f"the statistics have no entry for {ref.name}; calibrate with the same `where`")
+            given[ref.name].require(need)
+    batches = [] if given and not chosen.sequential else _batches(chosen, surveys, data, tokenizer)
+    gradients = "fisher" in chosen.gathers
+    if gradients and weights is not None:
+        raise ValueError(f"{_name_of(chosen)} needs gradients of the whole model; it cannot be streamed")
+
+    parameters, size = num_parameters(model), model_bytes(model)
+    selected = sum(ref.in_features * ref.out_features for ref in members)
+    if gradients and not given:
+        given = calibrate(model, batches, chosen.gathers, where=where, progress=progress)
+    plan = Plan(chosen, budget, allocation, form, members, size)
+    walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress)
+    with warnings.catch_warnings(record=True) as caught, evaluating(model), torch.no_grad():
+        warnings.simplefilter("always", EckartWarning)
+        walk.run()
+
+    layers = [walk.layers[ref.name] for ref in members if ref.name in walk.layers]
+    kept = sum(layer.parameters for layer in layers)
+    settings: dict[str, Any] = {
+        "options": asdict(chosen),
+        "budget": {budget.unit: budget.value},
+        "allocation": allocation,
+        "form": form,
+        "where": where if where is None or isinstance(where, str) else repr(where),
+    }
+    result = Result(
+        verb="compress",
+        method=_name_of(chosen),
+        settings=settings,
+        parameters=(parameters, num_parameters(model)),
+        selected_parameters=(selected, kept),
+        bytes=(size, model_bytes(model)),
+        layers=layers,
+        error_of="output" if chosen.gathers & {"gram", "compressed_gram"} else "weight",
+        seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(),
+        warnings=_messages(walk, [str(warning.message) for warning in caught]),
+        skipped=[describe(entry) for entry in selection.skipped],
+        model=model,
+    )
+    check_promises(result, len(members))
+    entry = {"verb": "compress", "method": result.method, **settings, "ratio": result.ratio}
+    mark(cast(Any, model), history=[entry])
+    for message in result.warnings:
+        warnings.warn(message, EckartWarning, stacklevel=2)
+    return result
+
+
+def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMethod:
+    """A method with its options, from its catalog name or as it is.
+
+    Raises:
+        UnknownMethodError: with the nearest names.
+        ValueError: an option that the method does not have (with those it has), or a method of another family.
+    """
+    if not isinstance(method, str):
+        if options:
+            raise ValueError(f"{type(method).__name__} has its options already; put {sorted(options)} there")
+        return method
+    row = catalog.get(method)
+    if row.family != "compression" or row.target is None:
+        known = ", ".join(r.name for r in catalog.select(family="compression") if r.target)
+        raise ValueError(f"{method} ({row.family}, {row.status}) cannot compress a model; methods that can: {known}")
+    kind = row.load()
+    allowed = [field.name for field in fields(kind)]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"{method} has no option {', '.join(unknown)}; it has: {', '.join(allowed) or 'none'}")
+    made: WeightMethod = kind(**options)
+    return made
+
+
+def _name_of(method: WeightMethod) -> str:
+    target = f"{type(method).__module__}:{type(method).__name__}"
+    return next((row.name for row in catalog.METHODS if row.target == target), target)
+
+
+def _batches(method: WeightMethod, surveys: frozenset[str], data: Iterable[Any] | None, tokenizer: Any) -> list[Batch]:
+    if not method.gathers | surveys:
+        return []
+    if data is not None:
+        return as_batches(data)
+    if tokenizer is None:
+        raise ValueError(
+            f"{_name_of(method)} needs calibration data: give data=batches, or tokenizer= for a default text"
+        )
+    return text_batches(tokenizer)
+
+
+def _messages(walk: Walk, caught: list[str]) -> list[str]:
+    """What the user did not ask for: layers left dense or without data, and what the layers themselves said."""
+    messages = list(dict.fromkeys(caught))
+    dense = [layer.name for layer in walk.layers.values() if layer.form == "dense" and layer.name not in walk.unreached]
+    for names, reason in (
+        (walk.unreached, "saw no calibration token and stay dense"),
+        (dense, "stay dense: the chosen rank would not make them smaller"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            messages.append(f"{', '.join(names[:3])}{more} {reason}")
+    return messages

@@ -1,0 +1,235 @@
+"""Walk over a model's blocks: gather statistics, factorise, replace. The same walk in memory and from disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..linalg.allocate import Policy
+from ..linalg.gram import accumulate_cross_gram, accumulate_gram, symmetrize
+from ..linalg.rank import Form
+from ..models.calibrate import Statistics, collect, input_order, members_of, rows_of, watch
+from ..models.parallel import parallel_map
+from ..models.progress import track
+from ..models.replace import replace
+from ..models.replay import Batch, BlockCall, Replay
+from ..models.result import LayerResult
+from ..models.select import LinearRef
+from ..models.topology import Block
+from ..structures import LowRank
+from .budget import Budget, kinds_of
+from .contract import WeightMethod
+from .layer import factored, left_dense
+
+__all__ = ["Plan", "Walk", "Weights"]
+
+
+class Weights(Protocol):
+    """Where the blocks' weights live while they are not worked on."""
+
+    def visiting(self, index: int, *, changed: bool) -> AbstractContextManager[None]:
+        """Have the weights of a block in memory for a while; they have ``changed`` when it ends."""
+        ...
+
+
+class InMemory:
+    """The weights of a model that is loaded as a whole."""
+
+    def visiting(self, index: int, *, changed: bool) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with which layers.
+
+    Attributes:
+        method: how to factorise.
+        budget: how far.
+        policy: how the budget is shared.
+        form: how factors are stored.
+        members: the selected linears.
+        model_bytes: size of the whole model now.
+    """
+
+    method: WeightMethod
+    budget: Budget
+    policy: Policy
+    form: Form
+    members: Sequence[LinearRef]
+    model_bytes: int
+
+
+@dataclass
+class Walk:
+    """One compression of one model.
+
+    Attributes:
+        plan: what to do.
+        model: the model, changed in place.
+        blocks: its blocks.
+        batches: calibration data; empty for a method without needs.
+        weights: where the weights live.
+        given: statistics gathered beforehand for the whole model (gradients), by linear.
+        progress: show bars.
+        workers: threads that factorise side by side; default torch's.
+        layers: what was done, in the model's order.
+        unreached: selected linears that saw no calibration token.
+    """
+
+    plan: Plan
+    model: torch.nn.Module
+    blocks: Sequence[Block]
+    batches: Sequence[Batch]
+    weights: Weights = field(default_factory=InMemory)
+    given: Mapping[str, Statistics] = field(default_factory=dict)
+    progress: bool = True
+    workers: int | None = None
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Choose the ranks, then factorise and replace every selected linear."""
+        plan = self.plan
+        survey = self._survey() if plan.budget.needs_spectra(plan.policy) else None
+        ranks = plan.budget.ranks(
+            {ref.name: ref.shape for ref in plan.members},
+            policy=plan.policy,
+            form=plan.form,
+            spectra=survey,
+            kinds=kinds_of([ref.name for ref in plan.members]),
+            model_bytes=plan.model_bytes,
+            bytes_per_parameter=plan.members[0].dtype.itemsize,
+        )
+        if plan.method.sequential:
+            self._compensating(ranks)
+        else:
+            self._independent(ranks)
+
+    def _survey(self) -> dict[str, torch.Tensor]:
+        """Spectra of all selected weights under the method's own measure, from the dense model."""
+        method, spectra = self.plan.method, {}
+        for members, statistics in self._dense_pass(method.surveys, "survey", changed=False):
+
+            def spectrum(ref: LinearRef, statistics: Mapping[str, Statistics] = statistics) -> torch.Tensor:
+                known = statistics.get(ref.name)
+                if known is None:
+                    return torch.ones(min(ref.shape))
+                return method.spectrum(ref.weight, known).cpu()
+
+            found = parallel_map(spectrum, members, cost=_cost, workers=self.workers)
+            spectra.update({ref.name: s for ref, s in zip(members, found, strict=True)})
+        return spectra
+
+    def _independent(self, ranks: Mapping[str, int]) -> None:
+        """Every layer on the dense model's inputs."""
+        for members, statistics in self._dense_pass(self.plan.method.gathers, "compress", changed=True):
+            self._fit(members, statistics, ranks)
+
+    def _dense_pass(
+        self, needs: frozenset[str], title: str, *, changed: bool
+    ) -> Iterator[tuple[list[LinearRef], Mapping[str, Statistics]]]:
+        """Yield the linears of each block and their statistics in the dense model."""
+        hidden: list[torch.Tensor] | None = None
+        replay = Replay(self.model, self.blocks, self.batches)
+        forward = bool(needs) and not self.given
+        for index, block in enumerate(track(self.blocks, title, enabled=self.progress)):
+            members = members_of(block, self.plan.members)
+            with self.weights.visiting(index, changed=changed):
+                statistics: Mapping[str, Statistics] = self.given
+                if forward:
+                    statistics, hidden = collect(replay, index, replay.enter(index, hidden), members, needs)
+                elif not needs:
+                    statistics = {ref.name: Statistics() for ref in members}
+                yield members, statistics
+
+    def _compensating(self, ranks: Mapping[str, int]) -> None:
+        """Every layer on the inputs that reach it once those before it are compressed."""
+        dense = Replay(self.model, self.blocks, self.batches)
+        actual = Replay(self.model, self.blocks, self.batches)
+        wanted: list[torch.Tensor] | None = None
+        arriving: list[torch.Tensor] | None = None
+        for index, block in enumerate(track(self.blocks, "compress", enabled=self.progress)):
+            with self.weights.visiting(index, changed=True):
+                wanted, arriving = dense.enter(index, wanted), actual.enter(index, arriving)
+                original = copy.deepcopy(block.module)
+                members = members_of(block, self.plan.members)
+                groups = input_order(actual, index, arriving[0], members)
+                for group in groups:
+                    statistics = self._paired(index, group[0], original, dense, wanted, actual, arriving)
+                    self._fit(group, {ref.name: statistics for ref in group}, ranks)
+                reached = {ref.name for group in groups for ref in group}
+                self._fit([ref for ref in members if ref.name not in reached], {}, ranks)
+                wanted = dense.advance(index, wanted, original)
+                arriving = actual.advance(index, arriving)
+
+    def _paired(
+        self,
+        index: int,
+        head: LinearRef,
+        original: torch.nn.Module,
+        dense: Replay,
+        wanted: Sequence[torch.Tensor],
+        actual: Replay,
+        arriving: Sequence[torch.Tensor],
+    ) -> Statistics:
+        """Statistics of one input in both models. Each pass ends once the input is known."""
+        needs = self.plan.method.gathers
+        relative = head.name.removeprefix(self.blocks[index].name + ".")
+        twin = LinearRef(head.name, original.get_submodule(relative), head.kind)
+        result = Statistics()
+        rows: list[torch.Tensor] = []
+
+        def see(_: LinearRef, x: torch.Tensor, call: BlockCall) -> bool:
+            rows.append(rows_of(x, call))
+            return True
+
+        for batch in range(len(self.batches)):
+            rows.clear()
+            actual.run(index, batch, arriving[batch], watch([head], see))
+            dense.run(index, batch, wanted[batch], watch([twin], see), original)
+            arrived, meant = rows
+            result.update(meant, needs)
+            square = (arrived.shape[-1], arrived.shape[-1])
+            if result.compressed_gram is None:
+                result.compressed_gram, result.cross_gram = (
+                    torch.zeros(square, dtype=torch.float64, device=arrived.device) for _ in range(2)
+                )
+            assert result.cross_gram is not None
+            accumulate_gram(result.compressed_gram, arrived)
+            if "cross_gram" in needs:
+                accumulate_cross_gram(result.cross_gram, meant, arrived)
+        if result.compressed_gram is not None:
+            symmetrize(result.compressed_gram)
+        return result.finish()
+
+    def _fit(
+        self, members: Sequence[LinearRef], statistics: Mapping[str, Statistics], ranks: Mapping[str, int]
+    ) -> None:
+        """Factorise these linears side by side and put the factors in their places."""
+
+        def fit(ref: LinearRef) -> tuple[LowRank | None, LayerResult]:
+            known = statistics.get(ref.name)
+            rank = ranks[ref.name]
+            if known is None or rank >= min(ref.shape):
+                return None, left_dense(ref)
+            return factored(ref, self.plan.method, known, rank, self.plan.form)
+
+        for ref, (structure, layer) in zip(
+            members, parallel_map(fit, members, cost=_cost, workers=self.workers), strict=True
+        ):
+            if ref.name not in statistics:
+                self.unreached.append(ref.name)
+            if structure is not None:
+                replace(self.model, ref.name, structure)
+            self.layers[ref.name] = layer
+
+
+def _cost(ref: LinearRef) -> float:
+    return float(ref.out_features * ref.in_features * min(ref.shape))
