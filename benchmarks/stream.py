@@ -19,13 +19,14 @@ import torch
 from common import record
 from safetensors.torch import save_file
 
-LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 28, 2048, 5632, 32000
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 60, 1536, 4096, 32000
 
 WORKER = """
 import json, resource, sys, torch
 from eckart.compression import compress_checkpoint
 source, out, method = sys.argv[1:4]
-data = [{"input_ids": (torch.arange(1024).reshape(2, 512) * 7919) % 32000}]
+ids = (torch.arange(2048).reshape(4, 512) * 7919) % 32000
+data = [{"input_ids": row[None]} for row in ids]
 result = compress_checkpoint(source, out, method, ratio=0.3, data=data, progress=False)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"peak": peak, "ratio": result.ratio, "seconds": result.seconds}))
@@ -41,8 +42,8 @@ def write_checkpoint(path: Path) -> int:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        num_attention_heads=24,
+        num_key_value_heads=8,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
@@ -52,7 +53,7 @@ def write_checkpoint(path: Path) -> int:
     def random(*shape: int) -> torch.Tensor:
         return (0.02 * torch.randn(*shape, generator=generator)).bfloat16()
 
-    key_value = HIDDEN // 8
+    key_value = HIDDEN // 3
     shapes = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
         "self_attn.k_proj": (key_value, HIDDEN),

@@ -85,7 +85,7 @@ METHODS: tuple[Method, ...] = (
     Method("sub-moe", "compression", "Efficient Mixture-of-Expert LLMs Compression via Subspace Expert Merging", "2506.23266", 2025),
     Method("svd", "compression", "The approximation of one matrix by another of lower rank", None, 1936, "measured", "eckart.compression.svd:SVD", reference="C. Eckart and G. Young, Psychometrika 1(3):211-218, 1936, doi:10.1007/BF02288367"),
     Method("svd-llm", "compression", "Truncation-aware Singular Value Decomposition for Large Language Model Compression (and SVD-LLM V2)", "2403.07378", 2024, "measured", "eckart.compression.svd_llm:SVDLLM", needs=("gram",), reference="SVD-LLM V2: Optimizing Singular Value Truncation for Large Language Model Compression, arXiv:2503.12340 (2025)"),
-    Method("welore", "compression", "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", "2407.11239", 2024, "measured", "eckart.compression.welore:WeLore"),
+    Method("welore", "compression", "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", "2407.11239", 2024),
     # adapters
     Method("ac-lora", "adapters", "Auto Component LoRA for Personalized Artistic Style Image Generation", "2504.02231", 2025),
     Method("adalora", "adapters", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "2303.10512", 2023),

@@ -45,6 +45,14 @@ class EckartErrorLike(RuntimeError):
     __module__ = "eckart.somewhere"
 
 
+class OutOfMemoryError(RuntimeError):
+    __module__ = "torch"
+
+
+_ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried")
+_MEMORY = "out of memory; choose a smaller model, smaller batches, or `eckart compress --stream`"
+
+
 def _raise(error):
     def body(_):
         raise error
@@ -126,7 +134,7 @@ def test_wrong_usage_is_2(run, capsys, args, message):
         (ImportError("pip install 'eckart[data]'"), "pip install 'eckart[data]'"),
         (ModuleNotFoundError("No module named 'gguf'", name="gguf"), "No module named 'gguf'"),
         (EckartErrorLike("layer 3 has NaN"), "layer 3 has NaN"),
-        (MemoryError(), "out of memory; choose a smaller model, fewer tokens, or --stream"),
+        *((error, _MEMORY) for error in (MemoryError(), OutOfMemoryError("CUDA out of memory. Tried"), _ALLOCATOR)),
     ],
     ids=lambda value: type(value).__name__,
 )

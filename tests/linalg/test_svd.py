@@ -16,10 +16,10 @@ DRIVERS = ["exact", "gram", "randomized", "lanczos"]
 DTYPES = [torch.float32, torch.float64]
 
 
-def check(result, a, rank=None, *, slack=1.0):
+def check(result, a, rank=None, *, slack=1.0, rounding=None):
     """What is true of every truncated SVD, judged in float64 and with numpy's singular values as the truth.
 
-    ``slack`` is the allowed error relative to the best error of the rank.
+    ``slack`` is the allowed error relative to the best error of the rank, ``rounding`` that relative to s_1.
     """
     truth = a.double().numpy()
     m, n = truth.shape
@@ -29,6 +29,7 @@ def check(result, a, rank=None, *, slack=1.0):
     assert result.error.dtype == torch.float64
     assert result.u.dtype == result.s.dtype == result.vh.dtype
     eps = torch.finfo(result.u.dtype).eps
+    rounding = rounding or 100 * eps
     best = np.linalg.svd(truth, compute_uv=False)
     scale = best[0] if best.size and best[0] > 0 else 1.0
     # Orthonormality: rounding of inner products of length max(m, n), generously 100 eps.
@@ -36,9 +37,9 @@ def check(result, a, rank=None, *, slack=1.0):
         assert np.abs(gram - np.eye(k)).max(initial=0) < 100 * eps
     s = s / scale  # relative to s_1 from here on: the squares of 1e300 overflow even here
     assert (s >= 0).all()
-    assert (np.diff(s) <= eps).all()
+    assert (np.diff(s) <= 2 * eps).all()
     left, tail = np.linalg.norm(truth / scale - (u * s) @ vh), np.linalg.norm(best[k:] / scale)
-    assert left <= slack * tail + 100 * eps
+    assert left <= slack * tail + rounding
     # The reported error is the error made, whatever the driver.
     assert float(result.error) / scale == pytest.approx(left, rel=1e-3, abs=100 * eps)
     return best
@@ -177,7 +178,9 @@ def test_any_shape_rank_and_scale(m, n, inner, rank, exponent, driver, double, s
     generator = np.random.default_rng(seed)
     a = generator.standard_normal((m, inner)) @ generator.standard_normal((inner, n)) * 10.0**exponent
     a = torch.from_numpy(a).to(torch.float64 if double else torch.float32)
-    check(svd(a, rank, driver=driver), a, rank, slack=1.011)
+    # The documented accuracy of the Gram driver in float64 is 1e-8, far more than it needs as a rule.
+    rounding = 1e-8 if driver == "gram" and double else None
+    check(svd(a, rank, driver=driver), a, rank, slack=1.011, rounding=rounding)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,6 +1,6 @@
 """Figures of every weight's singular values: how much of it a low rank would keep.
 
-    s_1 >= ... >= s_p of W (m, n), p = min(m, n);   energy at a fraction f: sum over i <= f p of s_i^2 / ||W||_F^2
+    s_1 >= ... >= s_p of W (m, n), p = min(m, n);   energy at a fraction f: sum over i <= ceil(f p) of s_i^2 / ||W||_F^2
 
 These are figures of the weights alone. What a truncation does to the outputs also depends on the inputs
 (`eckart.compression.svd_llm`).
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..linalg import break_even_rank, effective_rank, energy_at, singular_values, stable_rank
+from ..linalg import LinalgError, break_even_rank, effective_rank, energy_at, singular_values, stable_rank
 from ..models.parallel import parallel_map
 from ..models.progress import track
 from ..models.select import LinearRef, Where, linears
@@ -83,7 +83,7 @@ def spectra(model: nn.Module, *, where: Where | None = None, progress: bool = Tr
         (4.0, 4.0, 2)
     """
     members = linears(model, where).linears
-    # Two at a time keeps both cores busy and the bar moving.
+    # Enough at a time for every core to have work, few enough for the bar to move.
     groups = [members[start : start + 8] for start in range(0, len(members), 8)]
     found: list[LayerSpectrum] = []
     for group in track(groups, "spectra", enabled=progress):
@@ -92,8 +92,6 @@ def spectra(model: nn.Module, *, where: Where | None = None, progress: bool = Tr
 
 
 def _figures(ref: LinearRef) -> LayerSpectrum:
-    from ..linalg import LinalgError
-
     try:
         s = singular_values(ref.weight.detach()).double().cpu()
     except LinalgError as error:

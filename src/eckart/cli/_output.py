@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 # A pipe has no width of its own; wide enough that nothing we print is cut or wrapped in a file.
 _WIDTH_OF_A_PIPE = 300
@@ -21,6 +23,28 @@ def console() -> Console:
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else _WIDTH_OF_A_PIPE, highlight=False)
+
+
+def table(*titles: str) -> Table:
+    """A table without lines; a column whose title starts with ``>`` is set to the right.
+
+    No cell wraps. Where the terminal is too narrow, what is cut is the text in `shortened` cells.
+    """
+    from rich.table import Table
+
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        right = title.startswith(">")
+        # rich narrows the columns that may wrap before all others, and those are the ones set to the left
+        made.add_column(title.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+    return made
+
+
+def shortened(text: str, style: str = "") -> Text:
+    """A cell that ends in an ellipsis where there is too little room for it."""
+    from rich.text import Text
+
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def print_json(value: Any) -> None:

@@ -142,7 +142,7 @@ def _is_known(error: Exception) -> bool:
     """Whether the message was written for the user: the request failed, and not the code."""
     if isinstance(error, ImportError):  # an optional package may be missing, a module of ours may not
         return not (error.name or "").startswith("eckart")
-    if isinstance(error, ValueError | OSError | MemoryError):
+    if isinstance(error, ValueError | OSError) or _is_out_of_memory(error):
         return True
     return type(error).__module__.startswith("eckart.")
 
@@ -150,9 +150,15 @@ def _is_known(error: Exception) -> bool:
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{os.fspath(error.filename)}: {error.strerror}"
-    if isinstance(error, MemoryError) and not str(error):
-        return "out of memory; choose a smaller model, fewer tokens, or --stream"
+    if _is_out_of_memory(error):
+        return "out of memory; choose a smaller model, smaller batches, or `eckart compress --stream`"
     return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own error, or one of torch's, known by name because torch may not be loaded."""
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator
 
 
 def _warning_printer(default: Callable[..., None]) -> Callable[..., None]:

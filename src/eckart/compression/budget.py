@@ -102,7 +102,7 @@ class Budget:
                 name: _or_dense(max(1, int(energy_rank(spectra[name], self.value))), shape, form)
                 for name, shape in shapes.items()
             }
-        ratio = self.value if self.unit == "ratio" else self._ratio(shapes, model_bytes, bytes_per_parameter)
+        ratio = self.value if self.unit == "ratio" else self._ratio(shapes, form, model_bytes, bytes_per_parameter)
         matrices = [
             Matrix(
                 name=name,
@@ -112,12 +112,21 @@ class Budget:
             )
             for name, shape in shapes.items()
         ]
-        return allocate(matrices, ratio, policy=policy, form=form)
+        try:
+            return allocate(matrices, ratio, policy=policy, form=form)
+        except ValueError as error:
+            if self.unit == "ratio":
+                raise
+            raise ValueError(f"{self.value:,.0f} bytes cannot be reached: {error}") from error
 
-    def _ratio(self, shapes: Mapping[str, tuple[int, int]], model_bytes: int, size: float) -> float:
-        selected = sum(m * n for m, n in shapes.values()) * size
-        ratio = (model_bytes - self.value) / selected
-        if not 0 < ratio < 1:
+    def _ratio(
+        self, shapes: Mapping[str, tuple[int, int]], form: Form, model_bytes: int, bytes_per_parameter: float
+    ) -> float:
+        selected = sum(m * n for m, n in shapes.values()) * bytes_per_parameter
+        # The pivoted form keeps an index of 4 bytes for each feature of the smaller side.
+        indexes = sum(4 * min(shape) for shape in shapes.values()) if form == "pivoted" else 0
+        ratio = (model_bytes + indexes - self.value) / selected
+        if self.value >= model_bytes or not 0 < ratio < 1:
             smallest, largest = model_bytes - selected, model_bytes
             raise ValueError(
                 f"{self.value:,.0f} bytes cannot be reached: the model has {largest:,.0f} bytes, of which "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import nn
 
+from ..linalg import all_finite
+from ..models.calibrate import Statistics
 from ..models.quantizer import METHOD, specs
 from ..models.result import Result
 from ..models.select import LinearRef, Selection, Skipped
 from ..models.topology import Block, block_of
 
-__all__ = ["check_finite", "check_promises", "check_untouched", "describe", "inside_blocks"]
+__all__ = ["check_finite", "check_promises", "check_statistics", "check_untouched", "describe", "inside_blocks"]
 
 
 def check_untouched(model: nn.Module) -> None:
@@ -43,8 +46,6 @@ def inside_blocks(selection: Selection, blocks: list[Block]) -> Selection:
         if block_of(ref.name, blocks) is None:
             reason = "outside the repeated blocks"
             skipped.append(Skipped(ref.name, reason, ref.in_features * ref.out_features))
-        elif ref.kind == "structure":
-            raise ValueError(f"{ref.name} is a structure already; start from the dense model")
         else:
             taken.append(ref)
     if not taken:
@@ -52,16 +53,31 @@ def inside_blocks(selection: Selection, blocks: list[Block]) -> Selection:
     return Selection(taken, skipped)
 
 
-def check_finite(members: list[LinearRef]) -> None:
-    """Refuse weights with NaN or Inf entries; weights on the meta device are checked when they are read.
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or Inf in any weight: one is enough to spoil the inputs of all layers after it.
+
+    Weights on the meta device are checked when they are read.
 
     Raises:
-        ValueError: naming the first such layer.
+        ValueError: naming the first such weight.
     """
-    for ref in members:
-        weight = ref.weight
-        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{ref.name} has NaN or Inf in its weight; repair or re-download the checkpoint")
+    for name, weight in model.named_parameters():
+        if weight.device.type != "meta" and not all_finite(weight):
+            raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")
+
+
+def check_statistics(given: Mapping[str, Statistics], members: list[LinearRef], needs: frozenset[str]) -> None:
+    """Refuse statistics that lack a layer or something that the method needs.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for ref in members if needs else ():
+        if ref.name not in given:
+            raise ValueError(f"the statistics have no entry for {ref.name}; calibrate with the same `where`")
+        for need in needs:
+            if getattr(given[ref.name], need) is None:
+                raise ValueError(f"the statistics of {ref.name} have no {need!r}; calibrate with needs={sorted(needs)}")
 
 
 def check_promises(result: Result, selected: int) -> None:

@@ -25,7 +25,7 @@ from ..models.select import Where, linears
 from ..models.topology import blocks
 from ..structures import EckartWarning
 from .budget import Budget
-from .checks import check_finite, check_promises, check_untouched, describe, inside_blocks
+from .checks import check_finite, check_promises, check_statistics, check_untouched, describe, inside_blocks
 from .contract import WeightMethod
 from .runner import InMemory, Plan, Walk, Weights
 
@@ -103,14 +103,11 @@ def compress(
     repeated = blocks(model)
     selection = inside_blocks(linears(model, where), repeated)
     members = selection.linears
-    check_finite(members)
+    check_finite(model)
     surveys = chosen.surveys if budget.needs_spectra(allocation) else frozenset()
     given = dict(statistics or {})
-    for ref in members if given else ():
-        for need in (chosen.gathers | surveys) - SEQUENTIAL:
-            if ref.name not in given:
-                raise ValueError(f"the statistics have no entry for {ref.name}; calibrate with the same `where`")
-            given[ref.name].require(need)
+    if given:
+        check_statistics(given, members, (chosen.gathers | surveys) - SEQUENTIAL)
     batches = [] if given and not chosen.sequential else _batches(chosen, surveys, data, tokenizer)
     gradients = "fisher" in chosen.gathers
     if gradients and weights is not None:
@@ -120,21 +117,36 @@ def compress(
     selected = sum(ref.in_features * ref.out_features for ref in members)
     if gradients and not given:
         given = calibrate(model, batches, chosen.gathers, where=where, progress=progress)
-    plan = Plan(chosen, budget, allocation, form, members, size)
-    walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress)
-    with warnings.catch_warnings(record=True) as caught, evaluating(model), torch.no_grad():
-        warnings.simplefilter("always", EckartWarning)
-        walk.run()
-
-    layers = [walk.layers[ref.name] for ref in members if ref.name in walk.layers]
-    kept = sum(layer.parameters for layer in layers)
     settings: dict[str, Any] = {
         "options": asdict(chosen),
         "budget": {budget.unit: budget.value},
         "allocation": allocation,
         "form": form,
-        "where": where if where is None or isinstance(where, str) else repr(where),
+        "where": _in_words(where),
     }
+    entry = {"verb": "compress", "method": _name_of(chosen), **settings}
+    plan = Plan(chosen, budget, allocation, form, members, size)
+    workers = 1 if weights else None  # from disk, memory is what is short: one matrix at a time
+    walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress, workers)
+    modes = {ref.name: ref.module.training for ref in members}
+    try:
+        with warnings.catch_warnings(record=True) as caught, evaluating(model), torch.no_grad():
+            warnings.simplefilter("always", EckartWarning)
+            walk.run()
+    except BaseException:
+        # What was replaced by then is sound, and whoever saves it must get what is needed to load it.
+        _record(model, {**entry, "interrupted": True})
+        raise
+    finally:
+        for name, mode in modes.items():
+            model.get_submodule(name).train(mode)
+    for warning in caught:
+        # What single layers have to say is said below, with their names.
+        if not issubclass(warning.category, EckartWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    layers = [walk.layers[ref.name] for ref in members if ref.name in walk.layers]
+    kept = sum(layer.parameters for layer in layers)
     result = Result(
         verb="compress",
         method=_name_of(chosen),
@@ -146,13 +158,12 @@ def compress(
         error_of="output" if chosen.gathers & {"gram", "compressed_gram"} else "weight",
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(),
-        warnings=_messages(walk, [str(warning.message) for warning in caught]),
+        warnings=_messages(walk),
         skipped=[describe(entry) for entry in selection.skipped],
         model=model,
     )
     check_promises(result, len(members))
-    entry = {"verb": "compress", "method": result.method, **settings, "ratio": result.ratio}
-    mark(cast(Any, model), history=[entry])
+    _record(model, {**entry, "ratio": result.ratio})
     for message in result.warnings:
         warnings.warn(message, EckartWarning, stacklevel=2)
     return result
@@ -178,7 +189,10 @@ def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMe
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise ValueError(f"{method} has no option {', '.join(unknown)}; it has: {', '.join(allowed) or 'none'}")
-    made: WeightMethod = kind(**options)
+    try:
+        made: WeightMethod = kind(**options)
+    except TypeError as error:
+        raise ValueError(f"{method} cannot use {options}: {error}; see `eckart methods {method}`") from error
     return made
 
 
@@ -199,13 +213,28 @@ def _batches(method: WeightMethod, surveys: frozenset[str], data: Iterable[Any] 
     return text_batches(tokenizer)
 
 
-def _messages(walk: Walk, caught: list[str]) -> list[str]:
-    """What the user did not ask for: layers left dense or without data, and what the layers themselves said."""
-    messages = list(dict.fromkeys(caught))
+def _record(model: nn.Module, entry: dict[str, Any]) -> None:
+    """Write into the model's configuration what its structures are and how they came about."""
+    if hasattr(model, "config"):
+        mark(cast(Any, model), history=[entry])
+
+
+def _in_words(where: Where | None) -> Any:
+    """``where`` as JSON: functions by their name, which says more than their address."""
+    if where is None or isinstance(where, str):
+        return where
+    return getattr(where, "__qualname__", repr(where)) if callable(where) else [_in_words(item) for item in where]
+
+
+def _messages(walk: Walk) -> list[str]:
+    """What the user did not ask for: layers that stay dense, saw no data, or are stored in the other form."""
+    messages = []
     dense = [layer.name for layer in walk.layers.values() if layer.form == "dense" and layer.name not in walk.unreached]
+    other = [layer.name for layer in walk.layers.values() if layer.form not in ("dense", walk.plan.form)]
     for names, reason in (
         (walk.unreached, "saw no calibration token and stay dense"),
         (dense, "stay dense: the chosen rank would not make them smaller"),
+        (other, "are stored as plain factors of a lower rank: rounding would cost the pivoted form more"),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -73,7 +73,8 @@ class WeightMethod:
 
     def spectrum(self, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
         """(min(m, n),) what each further rank is worth to this method, for budgets shared by layers."""
-        return weighted_svd(weight, self.weight_of_inputs(statistics), rank=1).s
+        # In float64: what is below 1e-3 of the largest value would be noise in float32, and the budget is shared by it.
+        return weighted_svd(weight, self.weight_of_inputs(statistics), rank=1, double=True).s
 
     def factorize(self, weight: torch.Tensor, statistics: Statistics, rank: int) -> Factors:
         """Factors of ``weight`` (m, n) of the given rank."""

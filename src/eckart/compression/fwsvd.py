@@ -10,6 +10,7 @@ INPUT features, the columns of a torch weight. Compress after fine-tuning on the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,8 +44,8 @@ class FWSVD(WeightMethod):
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive, not {self.epsilon}; the default is 1e-6")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be a positive number, not {self.epsilon}; the default is 1e-6")
 
     def weight_of_inputs(self, statistics: Statistics) -> torch.Tensor | None:
         """f (n,) with a floor; None where the loss never touched the layer."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..linalg import LinalgError, num_parameters
+from ..linalg import LinalgError, all_finite, num_parameters, weighted_norm
 from ..linalg.rank import Form
-from ..linalg.weighted import scaled_to
 from ..models.calibrate import Statistics
 from ..models.result import LayerResult
 from ..models.select import LinearRef
@@ -44,7 +43,7 @@ def factored(
             structure = _stored(ref, weight, factors, structure.form)
     except LinalgError as failure:
         raise LinalgError(f"{ref.name}: {failure}") from failure
-    if not all(bool(torch.isfinite(p).all()) for p in structure.parameters()):
+    if not all(all_finite(p) for p in structure.parameters()):
         raise LinalgError(f"{ref.name}: the factors do not fit in {weight.dtype}; compress in float32")
     parameters = structure.num_parameters() - (0 if ref.bias is None else ref.out_features)
     error = _relative_error(weight, factors, statistics)
@@ -68,9 +67,6 @@ def _relative_error(weight: torch.Tensor, factors: Factors, statistics: Statisti
     gram = statistics.gram if statistics.gram is not None else statistics.compressed_gram
     dense = weight.float()
     lost = dense - (factors.up.float() @ factors.down.float())
-    if gram is None:
-        whole, rest = float(dense.norm()), float(lost.norm())
-    else:
-        g = scaled_to(gram, float(gram.diagonal().max()) or 1.0, torch.float32)
-        whole, rest = (float(((a @ g) * a).sum().clamp_min(0).sqrt()) for a in (dense, lost))
-    return rest / whole if whole else 0.0
+    size = (lambda a: float(a.norm())) if gram is None else (lambda a: weighted_norm(a, gram))
+    whole = size(dense)
+    return size(lost) / whole if whole else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,13 +10,12 @@ from typing import Protocol
 import torch
 
 from ..linalg.allocate import Policy
-from ..linalg.gram import accumulate_cross_gram, accumulate_gram, symmetrize
 from ..linalg.rank import Form
-from ..models.calibrate import Statistics, collect, input_order, members_of, rows_of, watch
+from ..models.calibrate import Statistics, collect, members_of
 from ..models.parallel import parallel_map
 from ..models.progress import track
 from ..models.replace import replace
-from ..models.replay import Batch, BlockCall, Replay
+from ..models.replay import Batch, Hidden, Replay
 from ..models.result import LayerResult
 from ..models.select import LinearRef
 from ..models.topology import Block
@@ -25,6 +23,7 @@ from ..structures import LowRank
 from .budget import Budget, kinds_of
 from .contract import WeightMethod
 from .layer import factored, left_dense
+from .pair import Pair
 
 __all__ = ["Plan", "Walk", "Weights"]
 
@@ -88,7 +87,7 @@ class Walk:
     blocks: Sequence[Block]
     batches: Sequence[Batch]
     weights: Weights = field(default_factory=InMemory)
-    given: Mapping[str, Statistics] = field(default_factory=dict)
+    given: dict[str, Statistics] = field(default_factory=dict)
     progress: bool = True
     workers: int | None = None
     layers: dict[str, LayerResult] = field(default_factory=dict)
@@ -121,7 +120,7 @@ class Walk:
                 known = statistics.get(ref.name)
                 if known is None:
                     return torch.ones(min(ref.shape))
-                return method.spectrum(ref.weight, known).cpu()
+                return method.spectrum(ref.weight.detach(), known).cpu()
 
             found = parallel_map(spectrum, members, cost=_cost, workers=self.workers)
             spectra.update({ref.name: s for ref, s in zip(members, found, strict=True)})
@@ -130,19 +129,23 @@ class Walk:
     def _independent(self, ranks: Mapping[str, int]) -> None:
         """Every layer on the dense model's inputs."""
         for members, statistics in self._dense_pass(self.plan.method.gathers, "compress", changed=True):
-            self._fit(members, statistics, ranks)
+            for group in [members] if self.workers != 1 else _by_input(members, statistics):
+                self._fit(group, statistics, ranks)
+                if statistics is not self.given:
+                    for ref in group:  # a Gram matrix may be larger than the block itself
+                        statistics.pop(ref.name, None)
 
     def _dense_pass(
         self, needs: frozenset[str], title: str, *, changed: bool
-    ) -> Iterator[tuple[list[LinearRef], Mapping[str, Statistics]]]:
+    ) -> Iterator[tuple[list[LinearRef], dict[str, Statistics]]]:
         """Yield the linears of each block and their statistics in the dense model."""
-        hidden: list[torch.Tensor] | None = None
+        hidden: Hidden | None = None
         replay = Replay(self.model, self.blocks, self.batches)
         forward = bool(needs) and not self.given
         for index, block in enumerate(track(self.blocks, title, enabled=self.progress)):
             members = members_of(block, self.plan.members)
             with self.weights.visiting(index, changed=changed):
-                statistics: Mapping[str, Statistics] = self.given
+                statistics = self.given
                 if forward:
                     statistics, hidden = collect(replay, index, replay.enter(index, hidden), members, needs)
                 elif not needs:
@@ -151,63 +154,16 @@ class Walk:
 
     def _compensating(self, ranks: Mapping[str, int]) -> None:
         """Every layer on the inputs that reach it once those before it are compressed."""
-        dense = Replay(self.model, self.blocks, self.batches)
-        actual = Replay(self.model, self.blocks, self.batches)
-        wanted: list[torch.Tensor] | None = None
-        arriving: list[torch.Tensor] | None = None
+        pair = Pair(self.model, self.blocks, self.batches)
         for index, block in enumerate(track(self.blocks, "compress", enabled=self.progress)):
-            with self.weights.visiting(index, changed=True):
-                wanted, arriving = dense.enter(index, wanted), actual.enter(index, arriving)
-                original = copy.deepcopy(block.module)
+            with self.weights.visiting(index, changed=True), pair.at(index):
                 members = members_of(block, self.plan.members)
-                groups = input_order(actual, index, arriving[0], members)
+                groups = pair.groups(members)
                 for group in groups:
-                    statistics = self._paired(index, group[0], original, dense, wanted, actual, arriving)
+                    statistics = pair.statistics(group[0], self.plan.method.gathers)
                     self._fit(group, {ref.name: statistics for ref in group}, ranks)
                 reached = {ref.name for group in groups for ref in group}
                 self._fit([ref for ref in members if ref.name not in reached], {}, ranks)
-                wanted = dense.advance(index, wanted, original)
-                arriving = actual.advance(index, arriving)
-
-    def _paired(
-        self,
-        index: int,
-        head: LinearRef,
-        original: torch.nn.Module,
-        dense: Replay,
-        wanted: Sequence[torch.Tensor],
-        actual: Replay,
-        arriving: Sequence[torch.Tensor],
-    ) -> Statistics:
-        """Statistics of one input in both models. Each pass ends once the input is known."""
-        needs = self.plan.method.gathers
-        relative = head.name.removeprefix(self.blocks[index].name + ".")
-        twin = LinearRef(head.name, original.get_submodule(relative), head.kind)
-        result = Statistics()
-        rows: list[torch.Tensor] = []
-
-        def see(_: LinearRef, x: torch.Tensor, call: BlockCall) -> bool:
-            rows.append(rows_of(x, call))
-            return True
-
-        for batch in range(len(self.batches)):
-            rows.clear()
-            actual.run(index, batch, arriving[batch], watch([head], see))
-            dense.run(index, batch, wanted[batch], watch([twin], see), original)
-            arrived, meant = rows
-            result.update(meant, needs)
-            square = (arrived.shape[-1], arrived.shape[-1])
-            if result.compressed_gram is None:
-                result.compressed_gram, result.cross_gram = (
-                    torch.zeros(square, dtype=torch.float64, device=arrived.device) for _ in range(2)
-                )
-            assert result.cross_gram is not None
-            accumulate_gram(result.compressed_gram, arrived)
-            if "cross_gram" in needs:
-                accumulate_cross_gram(result.cross_gram, meant, arrived)
-        if result.compressed_gram is not None:
-            symmetrize(result.compressed_gram)
-        return result.finish()
 
     def _fit(
         self, members: Sequence[LinearRef], statistics: Mapping[str, Statistics], ranks: Mapping[str, int]
@@ -229,6 +185,13 @@ class Walk:
             if structure is not None:
                 replace(self.model, ref.name, structure)
             self.layers[ref.name] = layer
+
+
+def _by_input(members: Sequence[LinearRef], statistics: Mapping[str, Statistics]) -> list[list[LinearRef]]:
+    groups: dict[int, list[LinearRef]] = {}
+    for ref in members:
+        groups.setdefault(id(statistics.get(ref.name)), []).append(ref)
+    return list(groups.values())
 
 
 def _cost(ref: LinearRef) -> float:

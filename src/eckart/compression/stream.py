@@ -41,12 +41,15 @@ def compress_checkpoint(
 
     Raises:
         FileExistsError: ``out`` exists and not ``force``.
+        FileNotFoundError: ``source`` has no safetensors checkpoint.
+        CheckpointError: ``out`` cannot be written.
         ValueError, LinalgError: as `compress`.
     """
     target = check_target(out, force=force)
+    streamed = StreamedModel(Path(source))
+    model: Any = streamed.model
     with atomic_directory(target, force=force) as partial:
-        streamed = StreamedModel(Path(source), partial)
-        model: Any = streamed.model
+        streamed.target = partial
         result = compress(model, method, data=data, tokenizer=tokenizer, weights=streamed, **settings)
         streamed.finish()
         for part in (model.config, getattr(model, "generation_config", None), tokenizer):

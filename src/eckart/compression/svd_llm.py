@@ -36,6 +36,8 @@ def whitened_svd(weight: torch.Tensor, gram: torch.Tensor, rank: int, form: Lite
         rank: k.
         form: "cholesky" (first paper) or "eigen" (V2).
     """
+    if not bool(gram.any()):
+        gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # no input: no direction is preferred
     whitening = whiten(gram, form=form)
     left = svd(weight.double() @ whitening.factor, rank, driver="exact")
     root = left.s.sqrt()
@@ -46,11 +48,13 @@ def update_up(weight: torch.Tensor, factors: Factors, gram: torch.Tensor) -> Fac
     """Closed-form refit of ``up`` on the inputs x' that really arrive, ``down`` kept.
 
     up = W G' D^T (D G' D^T)^-1          D = down (k, n), G' = sum of x' x'^T (n, n)
+
+    Worked out as the least change of ``up``, so that what no input tells about stays as it was.
     """
-    down = factors.down.double()
+    up, down = factors.up.double(), factors.down.double()
     right = down @ gram
-    up = solve_spd(right @ down.mT, right @ weight.double().mT).mT
-    return Factors(up, down)
+    change = solve_spd(right @ down.mT, right @ (weight.double() - up @ down).mT).mT
+    return Factors(up + change, down)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ class SVDLLM(WeightMethod):
 
     def __post_init__(self) -> None:
         if self.whitening not in get_args(Whitening):
-            raise ValueError(f"whitening must be one of {get_args(Whitening)}, not {self.whitening!r}")
+            raise ValueError(f"whitening must be one of {', '.join(get_args(Whitening))}, not {self.whitening!r}")
+        if not isinstance(self.update, bool):
+            raise ValueError(f"update must be true or false, not {self.update!r}")
 
     @property
     def gathers(self) -> frozenset[str]:

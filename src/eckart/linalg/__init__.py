@@ -8,6 +8,7 @@ gradients are not recorded.
 
 from __future__ import annotations
 
+from ._prepare import all_finite
 from .allocate import Matrix, Policy, allocate
 from .angles import principal_angles, subspace_distance
 from .eigh import Eigh, eigh
@@ -29,7 +30,7 @@ from .rank import (
 )
 from .solve import QR, lstsq, qr, solve_spd
 from .svd import SVD, Driver, singular_values, svd
-from .weighted import WeightedSVD, weighted_svd
+from .weighted import WeightedSVD, weighted_norm, weighted_svd
 from .whiten import Whitening, WhiteningForm, whiten
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "WhiteningForm",
     "accumulate_cross_gram",
     "accumulate_gram",
+    "all_finite",
     "allocate",
     "break_even_rank",
     "effective_rank",
@@ -72,6 +74,7 @@ __all__ = [
     "subspace_distance",
     "svd",
     "symmetrize",
+    "weighted_norm",
     "weighted_svd",
     "whiten",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import LinalgError
 
-__all__ = ["Prepared", "prepare", "rescale", "result_dtype", "squared_norm"]
+__all__ = ["Prepared", "all_finite", "prepare", "rescale", "result_dtype", "squared_norm"]
 
 # A matrix with a squared Frobenius norm in this range needs no scaling: products of a few such matrices neither
 # overflow nor underflow in float32. So the usual matrix is used as it is, without a copy.
@@ -90,6 +90,11 @@ def rescale(values: Tensor, scale: Tensor, what: str, dtype: torch.dtype | None 
         remedy = "scale the input down" if result.dtype == torch.float64 else "pass the input as float64"
         raise LinalgError.about(what, result, "overflows this dtype", remedy)
     return result
+
+
+def all_finite(a: Tensor) -> bool:
+    """Whether no entry is NaN or Inf, without the copies that ``torch.isfinite`` makes: extremes propagate NaN."""
+    return a.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(a.detach()))
 
 
 def squared_norm(a: Tensor) -> Tensor:

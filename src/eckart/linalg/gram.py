@@ -29,13 +29,13 @@ def accumulate_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """
     width = x.shape[-1]
     if width <= _LEAF:
-        total += x.mT @ x
+        _add(total, x.mT @ x)
         return
     half = (width // 2 + 15) // 16 * 16
     left, right = x[:, :half], x[:, half:]
     accumulate_gram(total[:half, :half], left)
     accumulate_gram(total[half:, half:], right)
-    total[:half, half:] += left.mT @ right
+    _add(total[:half, half:], left.mT @ right)
 
 
 def symmetrize(total: torch.Tensor) -> torch.Tensor:
@@ -61,4 +61,10 @@ def symmetrize(total: torch.Tensor) -> torch.Tensor:
 
 def accumulate_cross_gram(total: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> None:
     """Add Y^T X to ``total`` (p, n) float64 in place, for rows y (N, p) and x (N, n) of one batch."""
-    total += y.mT @ x
+    _add(total, y.mT @ x)
+
+
+def _add(total: torch.Tensor, product: torch.Tensor) -> None:
+    """total += product, row panel by row panel: torch would make a float64 copy of the whole product."""
+    for start in range(0, total.shape[0], _LEAF):
+        total[start : start + _LEAF] += product[start : start + _LEAF]

@@ -12,22 +12,25 @@ A diagonal G is given as the vector of its diagonal; no G means G = I, the plain
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from ._prepare import all_finite
 from .eigh import eigh
 from .errors import LinalgError
 from .solve import qr
 from .whiten import whiten
 
-__all__ = ["WeightedSVD", "scaled_to", "weighted_svd"]
+__all__ = ["WeightedSVD", "weighted_norm", "weighted_svd"]
 
 # A float32 eigenproblem disturbs the subspace by about eps * lambda_1. As long as the smallest wanted
 # eigenvalue is this many times above that, the squared error grows by less than 0.04 % (measured on
 # the 210 matrices of a 135M language model at two ranks); below it, float64 is used.
 _FLOAT32_MARGIN = 256.0
+# Products of scaled weights with Gram matrices of this size stay far inside float64's range.
+_SAFE = (1e-60, 1e60)
+_PANEL = 512  # rows of a Gram matrix that are converted at a time
 
 # How much a direction counts that the weight does not see, relative to the mean of its diagonal. Rank that is left
 # over then goes to the matrix itself and not to rounding noise, which differs from machine to machine.
@@ -93,24 +96,23 @@ def weighted_svd(
         Wang et al., SVD-LLM (arXiv 2403.07378), for the objective; the projection form is Yu and Wu,
         Compressing Transformers: Features Are Low-Rank, but Weights Are Not!, AAAI 2023.
     """
+    _check(a, gram, rank)
     rows, columns = a.shape
-    if gram is not None and gram.shape not in ((columns, columns), (columns,)):
-        raise LinalgError(f"a weight of shape {tuple(gram.shape)} does not fit a matrix of shape {(rows, columns)}")
-    # A sum is finite only if all entries are, and takes a tenth of the time of looking at each.
-    if not all(math.isfinite(float(t.sum(dtype=torch.float64))) for t in (a, gram) if t is not None):
-        raise LinalgError(f"matrix of shape {(rows, columns)} or its weight has NaN or Inf entries")
     k = min(rows, columns) if rank is None else min(rank, rows, columns)
     double = double or a.dtype == torch.float64
-    # Scaled to order one, so that squares neither overflow nor vanish; undone on the singular values.
-    a_scale = float(a.abs().max()) or 1.0
+    # Scaled to order one where squares would overflow or vanish; undone on the singular values.
+    low, high = torch.aminmax(a)
+    a_scale = max(-float(low), float(high)) or 1.0
+    if 1e-6 < a_scale < 1e6:
+        a_scale = 1.0
     # The largest entry of a positive semidefinite matrix is on its diagonal.
     g_scale = float((gram if gram.ndim == 1 else gram.diagonal()).max()) if gram is not None else 1.0
     if g_scale == 0.0:
         gram, g_scale = None, 1.0  # A weight that is zero everywhere prefers no direction.
     for dtype in (torch.float64,) if double else (torch.float32, torch.float64):
-        left = a.to(dtype) / a_scale
-        weight = None if gram is None else _noticed(scaled_to(gram, g_scale, dtype))
-        values, basis = _leading(left, weight, k, factor, g_scale)
+        if dtype == torch.float64 and _SAFE[0] < g_scale < _SAFE[1]:
+            g_scale = 1.0  # float64 has the room, and a large Gram matrix need not be copied
+        values, basis = _leading(a.to(dtype) if a_scale == 1.0 else a.to(dtype) / a_scale, gram, g_scale, k, factor)
         floor = _FLOAT32_MARGIN * torch.finfo(torch.float32).eps / 2 * float(values[0])
         # All m directions are a basis of everything, whatever their order.
         if dtype == torch.float64 or k == rows or float(values[k - 1]) >= floor:
@@ -119,9 +121,23 @@ def weighted_svd(
     return WeightedSVD(basis=basis.to(torch.float64 if double else torch.float32), s=s)
 
 
-def scaled_to(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """``matrix / scale`` in ``dtype``, divided before it is rounded and without a copy in between."""
-    return torch.div(matrix, scale, out=torch.empty_like(matrix, dtype=dtype))
+def weighted_norm(a: torch.Tensor, gram: torch.Tensor) -> float:
+    """Root of tr(A G A^T), the norm of what A (m, n) makes of inputs with Gram matrix G (n, n); in float32."""
+    scale = float(gram.diagonal().max()) or 1.0
+    a = a.float()
+    return float((_times(a, gram, scale) * a).sum().clamp_min(0).sqrt()) * scale**0.5
+
+
+def _times(a: torch.Tensor, gram: torch.Tensor, scale: float) -> torch.Tensor:
+    """A G / scale in A's dtype; a float64 G (n, n) is divided and rounded panel by panel, never copied whole."""
+    if gram.dtype == a.dtype and scale == 1.0:
+        return a @ gram
+    out = a.new_empty(a.shape[0], gram.shape[1])
+    for start in range(0, gram.shape[0], _PANEL):
+        rows = gram[start : start + _PANEL]
+        panel = torch.div(rows, scale, out=torch.empty_like(rows, dtype=a.dtype))
+        out[:, start : start + _PANEL] = a @ panel.mT
+    return out
 
 
 def _check(a: torch.Tensor, gram: torch.Tensor | None, rank: int | None) -> None:
@@ -133,35 +149,33 @@ def _check(a: torch.Tensor, gram: torch.Tensor | None, rank: int | None) -> None
     if gram is not None and gram.shape not in ((columns, columns), (columns,)):
         raise LinalgError.about("weight", gram, f"does not fit a matrix of {columns} columns", "give one row a column")
     for name, tensor in (("a", a), ("weight", gram)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not all_finite(tensor):
             raise LinalgError.about(name, tensor, "contains NaN or Inf", "find where it comes from, or mask it")
     if gram is not None and bool((gram if gram.ndim == 1 else gram.diagonal()).lt(0).any()):
         raise LinalgError.about("weight", gram, "has a negative diagonal", "give a Gram matrix such as x.T @ x")
 
 
-def _noticed(weight: torch.Tensor) -> torch.Tensor:
-    """The weight with a little more on its diagonal, in place; see ``_UNSEEN``."""
-    diagonal = weight if weight.ndim == 1 else weight.diagonal()
-    diagonal += _UNSEEN * diagonal.mean()
-    return weight
-
-
 def _leading(
-    a: torch.Tensor, weight: torch.Tensor | None, k: int, factor: torch.Tensor | None, g_scale: float
+    a: torch.Tensor, gram: torch.Tensor | None, g_scale: float, k: int, factor: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvalues and the k leading eigenvectors of A G A^T, through the smaller Gram matrix."""
+    """All eigenvalues and the k leading eigenvectors of A (G / g_scale) A^T, through the smaller Gram matrix."""
     rows, columns = a.shape
-    if rows <= columns:
-        scaled = a if weight is None else a * weight if weight.ndim == 1 else a @ weight
-        return _top(scaled @ a.mT, k)
-    if weight is None:
+    if gram is None:
         scaled = a
-    elif weight.ndim == 1:
-        scaled = a * weight.sqrt()
-    elif factor is not None:
-        scaled = a @ (factor / g_scale**0.5).to(a.dtype)
+        if rows <= columns:
+            return _top(a @ a.mT, k)
+    elif gram.ndim == 1:
+        diagonal = (gram / g_scale).to(a.dtype)
+        scaled = a * (diagonal + _UNSEEN * diagonal.mean()).sqrt()
+        if rows <= columns:
+            return _top(scaled @ scaled.mT, k)
     else:
-        scaled = a @ _cholesky(weight).to(a.dtype)
+        floor = _UNSEEN * float(gram.diagonal().mean()) / g_scale
+        if rows <= columns:
+            return _top(_times(a, gram, g_scale).add_(a, alpha=floor) @ a.mT, k)
+        if factor is None:
+            factor = _cholesky(gram, floor * g_scale)
+        scaled = a @ (factor / g_scale**0.5).to(a.dtype)
     values, right = _top(scaled.mT @ scaled, k)
     return values, _orthonormal(scaled @ right, values[:k])
 
@@ -176,10 +190,16 @@ def _top(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(-1), vectors[:, gram.shape[-1] - k :].flip(-1)
 
 
-def _cholesky(weight: torch.Tensor) -> torch.Tensor:
-    """A factor of the weight; with the least shrinkage that makes it one, if it is singular."""
-    lower, info = torch.linalg.cholesky_ex(weight.double())
-    return whiten(weight, form="cholesky").factor if bool(info) else lower
+def _cholesky(weight: torch.Tensor, floor: float) -> torch.Tensor:
+    """A float64 factor of weight + floor I, or of as little more as makes it positive definite."""
+    raised = weight.to(torch.float64, copy=True)
+    # A Gram matrix summed from float32 products is indefinite by their rounding, 1e-7 of its mean.
+    for factor in (1, 1e2, 1e4):
+        raised.diagonal().add_(factor * floor)
+        lower, info = torch.linalg.cholesky_ex(raised)
+        if not bool(info):
+            return lower
+    return whiten(raised, form="cholesky").factor
 
 
 def _orthonormal(columns: torch.Tensor, squared_lengths: torch.Tensor) -> torch.Tensor:

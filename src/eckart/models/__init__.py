@@ -6,7 +6,7 @@ from .batches import as_batches, read_text, text_batches
 from .calibrate import Statistics, calibrate, collect, members_of
 from .checkpoint import load, load_tokenizer, resolve, save
 from .demo import cache_directory, demo_path
-from .evaluate import Perplexity, model_bytes, num_parameters, peak_memory, perplexity, time_per_token
+from .evaluate import Perplexity, model_bytes, num_parameters, peak_memory, perplexity
 from .export import export_dense
 from .files import CheckpointError, atomic_directory, check_target
 from .groups import evaluating, input_groups
@@ -14,6 +14,7 @@ from .quantizer import EckartConfig, EckartQuantizer, mark, specs
 from .replace import replace
 from .result import LayerResult, Result
 from .select import LinearRef, Selection, Skipped, Where, linears
+from .timing import time_per_token
 from .topology import Block, InputTracker, block_of, blocks, example_inputs, same_input
 
 __all__ = [

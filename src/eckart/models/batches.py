@@ -25,14 +25,25 @@ Part = Literal["calibration", "evaluation"]
 def python_documentation(part: Part) -> str:
     """Text of the Python language reference that ships with CPython.
 
-    One topic in four, chosen by a checksum of its name, is kept for evaluation, so no topic is in both
-    parts. The text differs a little between Python versions: compare figures within one version.
+    One topic in four, chosen by a checksum of its name, is kept for evaluation. Topics quote each other, so
+    what the calibration part has is left out there: no paragraph is in both. The text differs a little
+    between Python versions: compare figures within one version.
     """
     from pydoc_data.topics import topics  # a data module of the standard library
 
-    held_out = part == "evaluation"
-    names = [name for name in sorted(topics) if (zlib.crc32(name.encode()) % 4 == 0) == held_out]
-    return "\n\n".join(topics[name] for name in names)
+    held_out: dict[bool, list[str]] = {True: [], False: []}
+    for name in sorted(topics):
+        held_out[zlib.crc32(name.encode()) % 4 == 0].append(topics[name])
+    calibration = "\n\n".join(held_out[False])
+    if part == "calibration":
+        return calibration
+    known = set(map(_words, calibration.split("\n\n")))
+    return "\n\n".join(p for p in "\n\n".join(held_out[True]).split("\n\n") if _words(p) not in known)
+
+
+def _words(paragraph: str) -> str:
+    """A paragraph without its indentation and line breaks, which differ where it is quoted."""
+    return " ".join(paragraph.split())
 
 
 def read_text(source: str | Path | None, *, part: Part = "calibration", field: str | None = None) -> str:
@@ -112,7 +123,7 @@ def text_batches(
         Dictionaries with ``input_ids`` (batch, length).
 
     Raises:
-        ValueError: if the text is shorter than one window, or there is no tokenizer.
+        ValueError: the text is shorter than one window, there is no tokenizer, or a number is not positive.
 
     Example:
         >>> class Letters:
@@ -123,10 +134,19 @@ def text_batches(
     """
     if tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; pass batches of token ids, or add tokenizer files")
+    for name, value in (("samples", samples), ("length", length), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     text = read_text(source, part=part, field=field)
-    # Tokenizing more than is used costs minutes on a large file; no tokenizer makes a token of 32 characters.
-    used = text if samples is None else text[: samples * length * 32]
-    ids = torch.as_tensor(tokenizer(used, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+    def tokens(used: str) -> torch.Tensor:
+        return torch.as_tensor(tokenizer(used, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+    # Tokenizing more than is used costs minutes on a large file, and few texts have 32 characters a token.
+    start = len(text) if samples is None else samples * length * 32
+    ids = tokens(text[:start])
+    if samples is not None and len(ids) < samples * length and start < len(text):
+        ids = tokens(text)
     available = len(ids) // length
     if available == 0:
         name = "the text" if source is None else str(source)
@@ -138,22 +158,38 @@ def text_batches(
 def as_batches(data: Iterable[Any]) -> list[Batch]:
     """Check what a caller gave as data: dictionaries of tensors, or tensors of token ids.
 
+    Args:
+        data: batches. A tensor is ``input_ids``, (batch, length) or one sequence (length,).
+
     Raises:
         ValueError: if there is none, or an element is something else.
+
+    Example:
+        >>> [batch["input_ids"].shape for batch in as_batches(torch.arange(6).reshape(2, 3))]
+        [torch.Size([1, 3]), torch.Size([1, 3])]
     """
-    batches: list[Batch] = []
-    for element in data:
-        if isinstance(element, torch.Tensor):
-            batches.append({"input_ids": element})
-        elif isinstance(element, Mapping):
-            batches.append({k: v for k, v in element.items() if isinstance(v, torch.Tensor)})
-        else:
-            raise ValueError(f"a batch must be a dictionary of tensors or a tensor, not {type(element).__name__}")
-        if not batches[-1]:
-            raise ValueError("a batch has no tensors in it")
+    if isinstance(data, Mapping):
+        raise ValueError("data must be a list of batches, not a single one; put it in a list")
+    batches = [_batch(element) for element in data]
     if not batches:
         raise ValueError("no data: the iterable of batches is empty")
     return batches
+
+
+def _batch(element: Any) -> Batch:
+    if isinstance(element, torch.Tensor):
+        if element.is_floating_point():
+            raise ValueError('a tensor must hold token ids; give other inputs by name, as {"pixel_values": tensor}')
+        element = {"input_ids": element.unsqueeze(0) if element.ndim == 1 else element}
+    if not isinstance(element, Mapping):
+        raise ValueError(f"a batch must be a dictionary of tensors or a tensor, not {type(element).__name__}")
+    batch = {k: v for k, v in element.items() if isinstance(v, torch.Tensor)}
+    if not batch:
+        raise ValueError('a batch has no tensors in it; tokenize with return_tensors="pt"')
+    ids = batch.get("input_ids")
+    if ids is not None and (ids.ndim != 2 or not ids.numel()):
+        raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(ids.shape)}")
+    return batch
 
 
 def _jsonl(path: Path, raw: str, field: str) -> str:

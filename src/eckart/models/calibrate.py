@@ -22,7 +22,7 @@ from .batches import as_batches
 from .fisher import fisher
 from .groups import evaluating
 from .progress import track
-from .replay import Batch, BlockCall, Hooks, Replay
+from .replay import Batch, BlockCall, Hidden, Hooks, Replay
 from .select import LinearRef, Where, linears
 from .topology import Block, InputTracker, block_of, blocks
 
@@ -115,38 +115,59 @@ def watch(members: Sequence[LinearRef], see: Inputs) -> Hooks:
     return {ref.module: partial(see, ref) for ref in members}
 
 
-def input_order(
-    replay: Replay, block: int, hidden: torch.Tensor, members: Sequence[LinearRef]
-) -> list[list[LinearRef]]:
+def input_order(replay: Replay, block: int, hidden: Hidden, members: Sequence[LinearRef]) -> list[list[LinearRef]]:
     """The linears of a block, grouped by the input they share, in execution order.
 
-    A linear that the block does not call on the first batch is in no group.
+    A linear that the block calls on none of the batches is in no group.
     """
-    tracker = InputTracker()
-    groups: dict[int, list[LinearRef]] = {}
+    found: list[list[LinearRef]] = []
+    waiting = list(members)
+    # The first batch shows all of them, unless experts wait for their tokens.
+    for batch, state in enumerate(hidden):
+        if state is None or not waiting:
+            continue
+        tracker = InputTracker()
+        groups: dict[int, list[LinearRef]] = {}
 
-    def see(ref: LinearRef, x: torch.Tensor, _: BlockCall) -> bool:
-        groups.setdefault(tracker.key(x), []).append(ref)
-        return False
+        def see(
+            ref: LinearRef,
+            x: torch.Tensor,
+            _: BlockCall,
+            tracker: InputTracker = tracker,
+            groups: dict[int, list[LinearRef]] = groups,
+        ) -> bool:
+            group = groups.setdefault(tracker.key(x), [])
+            if ref not in group:
+                group.append(ref)
+            return False
 
-    replay.run(block, 0, hidden, watch(members, see))
-    return list(groups.values())
+        replay.run(block, batch, state, watch(waiting, see))
+        seen: set[str] = set()
+        for group in groups.values():
+            # A layer that is called several times belongs to its first input.
+            found.append([ref for ref in group if ref.name not in seen])
+            seen.update(ref.name for ref in group)
+        waiting = [ref for ref in waiting if ref.name not in seen]
+    return [group for group in found if group]
 
 
 def collect(
     replay: Replay,
     block: int,
-    hidden: Sequence[torch.Tensor],
+    hidden: Hidden,
     members: Sequence[LinearRef],
     needs: frozenset[str],
-) -> tuple[dict[str, Statistics], list[torch.Tensor]]:
+) -> tuple[dict[str, Statistics], Hidden]:
     """Statistics of the linears of one block over all batches, and the block's outputs, in one pass.
 
     Linears that share an input share one `Statistics` object.
     """
     found: dict[str, Statistics] = {}
-    outputs = []
+    outputs: list[torch.Tensor | None] = []
     for batch, state in enumerate(hidden):
+        if state is None:
+            outputs.append(None)
+            continue
         tracker = InputTracker()
         heads: dict[int, str] = {}
 
@@ -186,7 +207,7 @@ def calibrate(
     Args:
         model: a transformers model.
         data: batches, dictionaries of tensors as the model's forward takes them.
-        needs: what to gather, see `NEEDS`; the compressed ones exist only while compressing.
+        needs: what to gather, see `NEEDS`; those in `SEQUENTIAL` exist only while compressing.
         where: which linears, as in `eckart.models.linears`.
         progress: show a bar with the time left.
 
@@ -194,7 +215,7 @@ def calibrate(
         Linear's name -> its statistics, shared by those that share an input.
 
     Raises:
-        ValueError: if a need is unknown, or there is no data.
+        ValueError: a need is unknown or exists only while compressing, or there is no data.
 
     Example:
         >>> import torch
@@ -208,11 +229,14 @@ def calibrate(
     """
     wanted = frozenset(needs)
     unknown = wanted - NEEDS
-    if unknown:
-        raise ValueError(f"unknown statistics {sorted(unknown)}; choose from {sorted(NEEDS)}")
+    if unknown or wanted & SEQUENTIAL:
+        raise ValueError(
+            f"cannot calibrate {', '.join(sorted(unknown or wanted & SEQUENTIAL))}: "
+            f"choose from {', '.join(sorted(NEEDS - SEQUENTIAL))}"
+        )
     selection = linears(model, where)
     batches = as_batches(data)
-    information = {}
+    information: dict[str, Statistics] = {}
     if "fisher" in wanted:
         information = fisher(model, batches, selection.linears, progress=progress)
         if wanted == {"fisher"}:
@@ -221,17 +245,16 @@ def calibrate(
     repeated = blocks(model)
     with evaluating(model):
         replay = Replay(model, repeated, batches)
-        hidden: list[torch.Tensor] | None = None
+        hidden: Hidden | None = None
         for index, block in enumerate(track(repeated, "calibrate", enabled=progress)):
             members = members_of(block, selection.linears)
             statistics, hidden = collect(replay, index, replay.enter(index, hidden), members, wanted)
             found.update(statistics)
     # Information belongs to one weight, the rest to an input that several may share: copies that share tensors.
-    return (
-        {name: replace(entry, fisher=information[name].fisher) for name, entry in found.items()}
-        if information
-        else found
+    found.update(
+        {name: replace(found[name], fisher=entry.fisher) for name, entry in information.items() if name in found}
     )
+    return found
 
 
 def members_of(block: Block, selected: Iterable[LinearRef]) -> list[LinearRef]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,7 +197,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what reading a damaged checkpoint raises into one line that names the place."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"the weights in {path} are damaged: {_first_line(error)}") from error
     except CheckpointError:
         raise

@@ -1,13 +1,11 @@
-"""What a model is worth and what it costs: perplexity, speed, bytes, peak memory."""
+"""What a model is worth and what it takes: perplexity, context, parameters, bytes, peak memory."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,8 +23,6 @@ __all__ = [
     "num_parameters",
     "peak_memory",
     "perplexity",
-    "require_finite",
-    "time_per_token",
 ]
 
 
@@ -141,82 +137,12 @@ def is_causal(model: nn.Module) -> bool:
     return not getattr(config, "is_encoder_decoder", False) and (can_generate is None or bool(can_generate()))
 
 
-def require_finite(model: nn.Module) -> None:
-    """Refuse a model whose weights are damaged; costs one pass over them.
-
-    Raises:
-        ValueError: NaN or Inf in a parameter, named.
-    """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")
-
-
 def context_length(model: Any) -> int | None:
     """How many tokens the configuration of a model (or the configuration given) allows at once; None if unsaid."""
     config = getattr(model, "config", model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def time_per_token(model: nn.Module, *, prompt: int = 32, tokens: int = 32, progress: bool = True) -> float:
-    """Milliseconds for each generated token, greedy, batch 1: the median step of one run.
-
-    The first token, which waits for the whole prompt, and the next few, which warm up, are left out.
-
-    Args:
-        model: a causal language model.
-        prompt: tokens before the first generated one; fewer if the model's context is short.
-        tokens: timed tokens; fewer if the model's context is short.
-        progress: show a bar with the time left.
-    """
-    warm_up = 4
-    room = (context_length(model) or prompt + tokens + warm_up + 1) - 1
-    prompt = min(prompt, room // 2)
-    steps = min(tokens + warm_up, room - prompt)
-    # Ids that every vocabulary has, and not all the same: a mixture of experts would use one of them.
-    ids = (torch.arange(prompt, device=next(model.parameters()).device) % 32).unsqueeze(0)
-    clock = _Clock(track(range(steps + 1), "ms per token", enabled=progress))
-    network: Any = model
-    with evaluating(model), torch.no_grad(), clock:
-        network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=steps + 1,
-            min_new_tokens=steps + 1,  # an early end of the text would shorten the run
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0,
-            streamer=clock,
-        )
-    return 1000 * median(clock.steps()[min(warm_up, steps - 1) :])
-
-
-class _Clock:
-    """Stands in for a streamer of text, and notes when each token comes."""
-
-    def __init__(self, ticks: Generator[int, None, None]) -> None:
-        self.ticks = ticks
-        self.times: list[float] = []
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.ticks.close()  # takes the bar away
-
-    def put(self, value: Tensor) -> None:
-        """Called by transformers with the prompt and then with every token, which is on the CPU by then."""
-        self.times.append(time.perf_counter())
-        next(self.ticks, None)
-
-    def end(self) -> None:
-        """Called by transformers after the last token."""
-
-    def steps(self) -> list[float]:
-        """Seconds from the first generated token on, token by token."""
-        return [later - earlier for earlier, later in pairwise(self.times[1:])]
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..structures.base import wide
 from .groups import evaluating
 from .progress import track
 from .replay import Batch
@@ -36,48 +37,52 @@ def fisher(
     Args:
         model: a transformers model; dropout is off while this runs, its gradients stay as they were.
         batches: with ``labels``, or with ``input_ids`` only, which then are the labels (next-token loss;
-            padding is ignored).
+            padding is ignored). One whose sequences have different numbers of labels is taken apart, because
+            the model's loss is a mean over all of them.
         members: the linears.
         progress: show a bar with the time left.
 
     Returns:
-        Linear's name -> `Statistics` whose ``fisher`` is (n,) float64 and ``count`` the number of sequences.
+        Linear's name -> `Statistics` whose ``fisher`` is (n,) float64 and ``count`` the number of sequences; no
+        entry for a linear that the loss does not depend on.
 
     Raises:
-        ValueError: if the model returns no loss.
+        ValueError: the model returns no loss, or one that is not finite.
     """
     from .calibrate import Statistics
 
     device = next(model.parameters()).device
-    found = {ref.name: Statistics() for ref in members}
+    found: dict[str, Statistics] = {}
     inputs: dict[str, list[torch.Tensor]] = {}
+    part: Batch = {}
 
-    def remember(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.setdefault(name, []).append(args[0].detach())
+    def remember(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).detach())
 
     def square(name: str, _: nn.Module, __: Any, grads: tuple[torch.Tensor | None, ...]) -> None:
         gradient = grads[0]
         x = inputs[name].pop()
         if gradient is None:
             return
-        # A layer that sees (tokens, n) without a batch axis counts as one sequence.
-        x, gradient = (t if t.ndim == 3 else t.reshape(1, -1, t.shape[-1]) for t in (x, gradient))
-        entry = found[name]
+        sequences = _sequences(x, part)
+        entry = found.setdefault(name, Statistics())
         total = x.new_zeros(x.shape[-1], dtype=torch.float64)
-        for sequence, delta in zip(x.float(), gradient.float(), strict=True):
+        x, gradient = (wide(t).reshape(sequences, -1, t.shape[-1]) for t in (x, gradient))
+        for sequence, delta in zip(x, gradient, strict=True):
             total += (delta.mT @ sequence).square().sum(0)
         entry.fisher = total if entry.fisher is None else entry.fisher + total
-        entry.count += x.shape[0]
+        entry.count += sequences
 
     handles = []
     for ref in members:
-        handles.append(ref.module.register_forward_pre_hook(partial(remember, ref.name)))
+        handles.append(ref.module.register_forward_pre_hook(partial(remember, ref.name), with_kwargs=True))
         handles.append(ref.module.register_full_backward_hook(partial(square, ref.name)))
     try:
         with evaluating(model), _only_embedding_requires_grad(model), torch.enable_grad():
             for batch in track(batches, "gradients", enabled=progress):
-                inputs.clear()
-                _backward(model, {k: v.to(device) for k, v in batch.items()})
+                for part in _even_parts({k: v.to(device) for k, v in batch.items()}):
+                    inputs.clear()
+                    _backward(model, part)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,18 +91,46 @@ def fisher(
 
 def _backward(model: nn.Module, batch: Batch) -> None:
     """Run the backward pass for its hooks only: the gradient is asked of the embeddings and thrown away."""
-    if "labels" not in batch and "input_ids" in batch:
-        labels = batch["input_ids"].clone()
-        if "attention_mask" in batch:
-            labels[batch["attention_mask"] == 0] = -100
-        batch = {**batch, "labels": labels}
     output = model(**batch)
     loss = getattr(output, "loss", None)
     if loss is None:
         raise ValueError(f"{type(model).__name__} returned no loss; give batches with `labels`")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss of {type(model).__name__} is {float(loss.detach())} on a batch; check its labels")
     # The mean over the batch's tokens would shrink every sequence's gradient by the batch size.
-    sequences = next(iter(batch.values())).shape[0]
-    torch.autograd.grad(loss * sequences, list(_embedding(model).parameters()), allow_unused=True)
+    torch.autograd.grad(loss * _size(batch), list(_embedding(model).parameters()), allow_unused=True)
+
+
+def _even_parts(batch: Batch) -> list[Batch]:
+    """The batch with labels; sequence by sequence, if some have fewer labels than others."""
+    labels = batch.get("labels")
+    if labels is None and "input_ids" in batch:
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        batch = {**batch, "labels": labels}
+    size = _size(batch)
+    if labels is None or not bool((labels == -100).any()):
+        return [batch]
+    return [
+        {k: v[i : i + 1] if v.ndim and v.shape[0] == size else v for k, v in batch.items()}
+        for i in range(size)
+        if bool((labels[i] != -100).any())
+    ]
+
+
+def _size(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def _sequences(x: torch.Tensor, batch: Batch) -> int:
+    """Of how many sequences the rows of a layer's input (..., n) are; 1 if that cannot be told from its shape."""
+    if x.ndim > 2:
+        return x.shape[0]
+    # Some models (OPT) flatten the batch before a layer; an expert's tokens are fewer, and of no one sequence.
+    size = _size(batch)
+    lengths = {1, *(v.shape[1] for v in batch.values() if v.ndim > 1)}
+    return size if x.ndim == 2 and any(x.shape[0] == size * length for length in lengths) else 1
 
 
 def _embedding(model: nn.Module) -> nn.Module:

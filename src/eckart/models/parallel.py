@@ -38,6 +38,10 @@ def parallel_map(
         # The number of threads is a setting of each thread, but new threads start with the last one set.
         with ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
             pending = {index: pool.submit(function, items[index]) for index in order}
-            return [pending[index].result() for index in range(len(items))]
+            try:
+                return [pending[index].result() for index in range(len(items))]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun need not begin
+                raise
     finally:
         torch.set_num_threads(threads)

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Generator[T, None, None]:
-    """Yield ``items`` and draw a bar with the time left on stderr; draws nothing if not ``enabled``."""
+    """Yield ``items`` and draw a bar with the time left on stderr.
+
+    Nothing is drawn if not ``enabled``, or where stderr is no terminal.
+    """
     if not enabled:
         yield from items
         return
@@ -27,6 +30,7 @@ def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Gene
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
     with Progress(
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -35,8 +39,9 @@ def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Gene
         TextColumn("elapsed,"),
         TimeRemainingColumn(),
         TextColumn("left"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # else it leaves an empty line in a file
     ) as bar:
         task = bar.add_task(description, total=len(items))
         for item in items:

@@ -20,9 +20,12 @@ from torch import nn
 
 from .topology import Block
 
-__all__ = ["Batch", "BlockCall", "Hooks", "Replay"]
+__all__ = ["Batch", "BlockCall", "Hidden", "Hooks", "Replay"]
 
 Batch = dict[str, torch.Tensor]
+
+#: The hidden state (batch, length, hidden) of each batch; None for a batch that does not reach the block.
+Hidden = Sequence[torch.Tensor | None]
 
 
 class _Stop(Exception):
@@ -69,21 +72,23 @@ class Replay:
         self.model = model
         self.blocks = list(blocks)
         device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        self.batches = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
+        # Labels stay: no loss is worked out, but some decoders make their inputs of them.
+        self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
         self._tails: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._last: dict[tuple[str, int], Any] = {}
         accepted = inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
 
-    def first_hidden(self, block: int = 0) -> list[torch.Tensor]:
-        """The hidden states (batch, length, hidden) that enter ``block``, the first one of its list."""
+    def first_hidden(self, block: int = 0) -> Hidden:
+        """What enters ``block``, the first one of its list."""
         return [self._call(block, i, None, None, stop_before=True) for i in range(len(self.batches))]
 
-    def advance(
-        self, block: int, hidden: Sequence[torch.Tensor], module: nn.Module | None = None
-    ) -> list[torch.Tensor]:
+    def advance(self, block: int, hidden: Hidden, module: nn.Module | None = None) -> Hidden:
         """Outputs of ``block`` for all batches; of ``module``, a stand-in with its signature, if given."""
-        return [self.advance_one(block, i, state, module=module) for i, state in enumerate(hidden)]
+        return [
+            None if state is None else self.advance_one(block, i, state, module=module)
+            for i, state in enumerate(hidden)
+        ]
 
     def advance_one(
         self,
@@ -99,10 +104,9 @@ class Replay:
             raise RuntimeError(f"the forward of {self.blocks[block].name} ended early")
         return output
 
-    def enter(self, block: int, hidden: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    def enter(self, block: int, hidden: Hidden | None) -> Hidden:
         """Hidden states that enter ``block``: those handed on, or fresh ones where a new list of blocks begins."""
-        fresh = block == 0 or self.blocks[block - 1].list_name != self.blocks[block].list_name
-        return self.first_hidden(block) if fresh or hidden is None else list(hidden)
+        return self.first_hidden(block) if hidden is None or self._is_first_of_list(block) else hidden
 
     def run(
         self,
@@ -151,9 +155,11 @@ class Replay:
             self._last[self.blocks[block].list_name, batch] = result
         return result[0] if isinstance(result, tuple) else result
 
+    def _is_first_of_list(self, block: int) -> bool:
+        return block == 0 or self.blocks[block - 1].list_name != self.blocks[block].list_name
+
     def _is_last_of_list(self, block: int) -> bool:
-        names = [b.list_name for b in self.blocks]
-        return block + 1 == len(names) or names[block + 1] != names[block]
+        return block + 1 == len(self.blocks) or self._is_first_of_list(block + 1)
 
     def _call(
         self,
@@ -168,14 +174,16 @@ class Replay:
         caught: list[Any] = []
         target = self.blocks[block]
 
+        def stored() -> torch.Tensor | None:
+            # A copy: some models add to a state in place, and it will be wanted again.
+            return None if hidden is None else hidden.clone()
+
         def run(*args: Any, **kwargs: Any) -> Any:
             if stop_before:
-                caught.append(args[0] if args else kwargs["hidden_states"])
+                caught.append(_state(args, kwargs))
                 raise _Stop
-            if args:
-                args = (hidden, *args[1:])
-            else:
-                kwargs["hidden_states"] = hidden
+            if self._is_first_of_list(block):
+                args, kwargs = _with_state(stored(), args, kwargs)
             if call is not None:
                 self._describe(call, block, args, kwargs)
             forward = originals[target.name] if module is None else module.forward
@@ -187,7 +195,9 @@ class Replay:
                 remembered = self._last.get((self.blocks[index].list_name, batch))
                 if remembered is not None and self.blocks[index].list_name != target.list_name:
                     return remembered
-                state = hidden if hidden is not None else (args[0] if args else kwargs["hidden_states"])
+                # The block before the wanted one hands the stored state on, so that what the model itself does
+                # between two blocks is done; the others let pass what they get.
+                state = stored() if index == block - 1 else _state(args, kwargs)
                 tail = self._tails.get((index, batch))
                 return state if tail is None else (state, *tail)
 
@@ -208,12 +218,30 @@ class Replay:
         decoder = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
         second = decoder and self.blocks[block].list_name != self.blocks[0].list_name
         first_mask = _as_bool(batch.get("attention_mask"))
-        call.mask = _as_bool(batch.get("decoder_attention_mask")) if second else first_mask
-        others = [*args[1:], *kwargs.values()]
-        call.foreign = (
-            [t for t in others if isinstance(t, torch.Tensor) and t.ndim == 3 and t is not args[0]] if args else []
-        )
+        call.mask = _as_bool(_decoder_mask(batch)) if second else first_mask
+        state = _state(args, kwargs)
+        others = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim == 3]
+        call.foreign = [t for t in others if t is not state]
         call.foreign_mask = first_mask
+
+
+def _state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden state among the arguments of a block: the first one, by position or by name."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+
+
+def _with_state(
+    state: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (state, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs)): state}
+
+
+def _decoder_mask(batch: Batch) -> torch.Tensor | None:
+    """Which of a decoder's tokens count: by its mask, or where there is a label to predict."""
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    return labels != -100 if mask is None and labels is not None else mask
 
 
 def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,9 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..linalg import all_finite
+from .quantizer import METHOD
 from .topology import block_of, blocks
 
 __all__ = ["CheckpointReader", "StreamedModel"]
+
+# What safetensors calls the types that a model computes in.
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class CheckpointReader:
@@ -30,7 +35,7 @@ class CheckpointReader:
         path: directory with ``model.safetensors``, or shards and their index.
 
     Raises:
-        FileNotFoundError: if there are no safetensors files.
+        FileNotFoundError: if there are no safetensors files, or one that the index lists is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +49,9 @@ class CheckpointReader:
                 self.files = dict.fromkeys(file.keys(), single)
         else:
             raise FileNotFoundError(f"{path} has no safetensors files; streaming needs a safetensors checkpoint")
+        for file in set(self.files.values()):
+            if not file.is_file():
+                raise FileNotFoundError(f"{path} lacks {file.name}, which its index lists; download it again")
 
     def read(self, key: str) -> torch.Tensor:
         """A copy of the tensor ``key``.
@@ -54,39 +62,55 @@ class CheckpointReader:
             tensor: torch.Tensor = file.get_tensor(key).clone()
         return tensor
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point tensor; float32 if there is none."""
+        for key, path in self.files.items():
+            with safe_open(path, framework="pt") as file:
+                name = file.get_slice(key).get_dtype()
+            if name in _FLOATS:
+                return _FLOATS[name]
+        return torch.float32
+
 
 class StreamedModel:
     """A model without weights over a checkpoint, and a new checkpoint that grows block by block.
 
     Args:
         source: directory of the dense checkpoint.
-        target: directory to write shards to; made by the caller, who also removes it on failure.
 
     Attributes:
         model: the transformers model; its blocks' weights are on the meta device outside `visiting`.
         blocks: its blocks.
+        target: directory to write shards to; set by the caller, who also removes it on failure.
 
     Raises:
-        ValueError: if the checkpoint's names are not the model's (transformers converts some on loading,
-            such as fused experts), so that blocks cannot be read one by one.
+        FileNotFoundError: if there is no safetensors checkpoint.
+        ValueError: if the checkpoint is compressed or quantized already, has NaN or Inf outside the blocks, or its
+            names are not the model's (transformers converts some on loading, such as fused experts), so that
+            blocks cannot be read one by one.
     """
 
-    def __init__(self, source: Path, target: Path) -> None:
+    target: Path
+
+    def __init__(self, source: Path) -> None:
+        config = _config(source)
         self.reader = CheckpointReader(source)
-        self.target = target
-        self.model: Any = _skeleton(source)
+        self.model: Any = _skeleton(source, config, self.reader)
         self.blocks = blocks(self.model)
         self._weight_map: dict[str, str] = {}
         self._bytes = 0
         self._tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        self._keys = self._match(self.model.state_dict().keys())
+        state = self.model.state_dict()
+        self._keys = self._match(state.keys())
+        self._dtypes = {name: tensor.dtype for name, tensor in state.items()}
         inside = {name: block_of(name, self.blocks) for name in self._keys}
         self._of_block: dict[str, list[str]] = {block.name: [] for block in self.blocks}
         outside: list[str] = []
         for name, block in inside.items():
             (outside if block is None else self._of_block[block.name]).append(name)
         head: nn.Module | None = self.model.get_output_embeddings()
-        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        # Tied to the embedding it is needed all the same.
+        unused = {id(p) for p in head.parameters()} if head is not None and not self._tied else set()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         # The head is the largest matrix of many models, and no block needs it.
         self._fill(name for name in outside if id(parameters.get(name)) not in unused)
@@ -112,7 +136,14 @@ class StreamedModel:
 
     def _fill(self, names: Iterable[str]) -> None:
         for name in names:
-            _assign(self.model, name, self.reader.read(self._keys[name]))
+            _assign(self.model, name, self._read(name))
+
+    def _read(self, name: str) -> torch.Tensor:
+        """The tensor of the checkpoint, in the model's dtype as if transformers had loaded it."""
+        tensor = self.reader.read(self._keys[name])
+        if not all_finite(tensor):
+            raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")
+        return tensor.to(self._dtypes[name])
 
     @contextlib.contextmanager
     def visiting(self, index: int, *, changed: bool) -> Iterator[None]:
@@ -123,20 +154,19 @@ class StreamedModel:
         """
         block = self.blocks[index]
         self._fill(self._of_block[block.name])
-        for name, parameter in block.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise ValueError(f"{block.name}.{name} has NaN or Inf in it; repair or re-download the checkpoint")
+        before = list(block.module.modules())
         yield
-        tensors = {f"{block.name}.{key}": value for key, value in block.module.state_dict().items()}
         if changed:
-            self._write(index, tensors)
-        for name, tensor in tensors.items():
-            _assign(self.model, name, tensor.to("meta"))
+            tensors = block.module.state_dict()
+            self._write(index, {f"{block.name}.{key}": tensor for key, tensor in tensors.items()})
+        # The layers that were replaced too: someone may still hold them, but not their weights.
+        for module in {*before, *block.module.modules()}:
+            _empty(module)
 
     def finish(self) -> None:
         """Write what lies outside the blocks, and the index: all weights are on disk then."""
         names = [name for name in self._outside if name not in self._tied]
-        self._write(len(self.blocks), {name: self.reader.read(self._keys[name]) for name in names})
+        self._write(len(self.blocks), {name: self._read(name) for name in names})
         index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         (self.target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -149,23 +179,49 @@ class StreamedModel:
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _skeleton(source: Path) -> nn.Module:
+def _config(source: Path) -> Any:
+    """The configuration of a dense checkpoint."""
+    from transformers import AutoConfig
+
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {source}: it has no config.json")
+    config = AutoConfig.from_pretrained(source)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        what = "compressed by Eckart" if method == METHOD else f"quantized with {getattr(method, 'value', method)}"
+        raise ValueError(f"the checkpoint is {what} already; start from the dense one")
+    return config
+
+
+def _skeleton(source: Path, config: Any, reader: CheckpointReader) -> Any:
     """The model with parameters on the meta device and real buffers, in eval mode."""
     import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
+    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(source)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
         raise ValueError(f"{source / 'config.json'} names no architecture that transformers has")
-    dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(config, "dtype", None) or reader.dtype()
     # Buffers such as rotary frequencies are computed, not stored, so they are made for real.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: nn.Module = kind._from_config(config, dtype=dtype)
+        model = kind._from_config(config, dtype=dtype)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
     return model.eval()
+
+
+def _empty(module: nn.Module) -> None:
+    """Take the weights of a module, without its children's, out of memory; buffers that are not stored stay."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for key in module._buffers.keys() - module._non_persistent_buffers_set:
+        buffer = module._buffers[key]
+        module._buffers[key] = None if buffer is None else buffer.to("meta")
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

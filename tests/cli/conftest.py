@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import tiny_checkpoints
+from eckart.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _libraries_as_before():
+    """The commands silence transformers for the whole process, which other tests must not notice."""
+    level = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A dense checkpoint with a tokenizer."""
+    return tiny_checkpoints.write(tmp_path_factory.mktemp("dense") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def mute(tmp_path_factory) -> Path:
+    """A dense checkpoint without a tokenizer."""
+    return tiny_checkpoints.write(tmp_path_factory.mktemp("mute") / "tiny", with_tokenizer=False)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory, tiny) -> Path:
+    """A checkpoint that ``eckart compress`` wrote."""
+    out = tmp_path_factory.mktemp("compressed") / "model"
+    assert main(["compress", str(tiny), "--method", "svd", "--ratio", "0.4", "--no-eval", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    """Run ``eckart`` in this process; exit code, output and errors."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def run_json(run) -> Callable[..., Any]:
+    """Run ``eckart ... --json``, which must succeed; what it printed."""
+
+    def call(*args: object) -> Any:
+        code, out, err = run(*args, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture
+def refused(run, tmp_path) -> Callable[..., None]:
+    """Run a command that must fail with one line that has ``message`` in it, and leave ``tmp_path`` as it was."""
+
+    def call(*args: object, message: str, code: int = 1) -> None:
+        before = _tree(tmp_path)
+        found, out, err = run(*args)
+        assert (found, out) == (code, ""), err
+        assert err.startswith("eckart: error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert message in err
+        assert _tree(tmp_path) == before
+
+    return call
+
+
+def _tree(path: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
