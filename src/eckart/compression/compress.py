@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -81,7 +82,7 @@ def compress(
         ValueError: a bad option or budget, no data, no linears, NaN or Inf in a weight (named by layer), or
             a model that is compressed already. The model is unchanged.
         LinalgError: a factorisation failed, named by layer; the layers before it are compressed already, so
-            load the model again.
+            load the model again. After Ctrl-C too: what is left is sound, and its history says "interrupted".
 
     Example:
         >>> import torch
@@ -118,7 +119,8 @@ def compress(
     if gradients and not given:
         given = calibrate(model, batches, chosen.gathers, where=where, progress=progress)
     settings: dict[str, Any] = {
-        "options": asdict(chosen),
+        # This goes into config.json, so an option that JSON does not know is put in words.
+        "options": json.loads(json.dumps(asdict(chosen), default=repr)),
         "budget": {budget.unit: budget.value},
         "allocation": allocation,
         "form": form,
@@ -130,7 +132,13 @@ def compress(
     walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress, workers)
     modes = {ref.name: ref.module.training for ref in members}
     try:
-        with warnings.catch_warnings(record=True) as caught, evaluating(model), torch.no_grad():
+        # Factors made in inference mode could never be trained.
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            evaluating(model),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             warnings.simplefilter("always", EckartWarning)
             walk.run()
     except BaseException:

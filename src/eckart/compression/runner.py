@@ -12,6 +12,7 @@ import torch
 from ..linalg.allocate import Policy
 from ..linalg.rank import Form
 from ..models.calibrate import Statistics, collect, members_of
+from ..models.memory import release_memory
 from ..models.parallel import parallel_map
 from ..models.progress import track
 from ..models.replace import replace
@@ -134,6 +135,8 @@ class Walk:
                 if statistics is not self.given:
                     for ref in group:  # a Gram matrix may be larger than the block itself
                         statistics.pop(ref.name, None)
+                if self.workers == 1:
+                    release_memory()
 
     def _dense_pass(
         self, needs: frozenset[str], title: str, *, changed: bool

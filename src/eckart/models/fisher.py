@@ -78,7 +78,12 @@ def fisher(
         handles.append(ref.module.register_forward_pre_hook(partial(remember, ref.name), with_kwargs=True))
         handles.append(ref.module.register_full_backward_hook(partial(square, ref.name)))
     try:
-        with evaluating(model), _only_embedding_requires_grad(model), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            evaluating(model),
+            _only_embedding_requires_grad(model),
+            torch.enable_grad(),
+        ):
             for batch in track(batches, "gradients", enabled=progress):
                 for part in _even_parts({k: v.to(device) for k, v in batch.items()}):
                     inputs.clear()
@@ -107,7 +112,9 @@ def _even_parts(batch: Batch) -> list[Batch]:
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"].clone()
         if "attention_mask" in batch:
-            labels[batch["attention_mask"] == 0] = -100
+            padding = batch["attention_mask"] == 0
+            labels[padding] = -100
+            labels[:, 1:][padding[:, :-1]] = -100  # nothing to predict the first token after padding from
         batch = {**batch, "labels": labels}
     size = _size(batch)
     if labels is None or not bool((labels == -100).any()):

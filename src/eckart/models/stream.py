@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..linalg import all_finite
+from .memory import release_memory
 from .quantizer import METHOD
 from .topology import block_of, blocks
 
@@ -162,6 +163,7 @@ class StreamedModel:
         # The layers that were replaced too: someone may still hold them, but not their weights.
         for module in {*before, *block.module.modules()}:
             _empty(module)
+        release_memory()
 
     def finish(self) -> None:
         """Write what lies outside the blocks, and the index: all weights are on disk then."""
