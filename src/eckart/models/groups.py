@@ -75,10 +75,11 @@ def input_groups(
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode, and afterwards every module back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
+    # By name: holding the modules would keep every layer that is replaced meanwhile in memory.
+    modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)
