@@ -15,6 +15,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Output as into a pipe: parallel test workers inherit the width of the terminal that they were started from."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _libraries_as_before():
     """The commands silence transformers for the whole process, which other tests must not notice."""
     level = transformers.utils.logging.get_verbosity()
