@@ -14,7 +14,7 @@ from eckart.models import calibrate
 
 def main() -> None:
     model, tokenizer = demo()
-    batches = calibration(tokenizer, samples=16)
+    batches = calibration(tokenizer, samples=8)
 
     def forward() -> None:
         with torch.no_grad():
@@ -22,7 +22,7 @@ def main() -> None:
                 model(**batch)
 
     seconds = interleaved(
-        {"forward": forward, "calibrate": lambda: calibrate(model, batches, ["gram"], progress=False)}, repeats=5
+        {"forward": forward, "calibrate": lambda: calibrate(model, batches, ["gram"], progress=False)}, repeats=3
     )
     record(
         "calibrate",
