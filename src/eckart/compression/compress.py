@@ -130,7 +130,6 @@ def compress(
     plan = Plan(chosen, budget, allocation, form, members, size)
     workers = 1 if weights else None  # from disk, memory is what is short: one matrix at a time
     walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress, workers)
-    modes = {ref.name: ref.module.training for ref in members}
     try:
         # Factors made in inference mode could never be trained.
         with (
@@ -145,9 +144,6 @@ def compress(
         # What was replaced by then is sound, and whoever saves it must get what is needed to load it.
         _record(model, {**entry, "interrupted": True})
         raise
-    finally:
-        for name, mode in modes.items():
-            model.get_submodule(name).train(mode)
     for warning in caught:
         # What single layers have to say is said below, with their names.
         if not issubclass(warning.category, EckartWarning):
