@@ -6,6 +6,7 @@ ranks under a budget, gathering statistics, replacing layers, checking and savin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class WeightMethod:
+class WeightMethod(ABC):
     """A method that compresses one weight matrix at a time.
 
     A subclass says in `weight_of_inputs` which inputs matter to it, and inherits the best low-rank
@@ -67,9 +68,9 @@ class WeightMethod:
         """Whether a layer's statistics depend on the layers before it being compressed already."""
         return bool(self.gathers & SEQUENTIAL)
 
+    @abstractmethod
     def weight_of_inputs(self, statistics: Statistics) -> torch.Tensor | None:
         """G (n, n), or its diagonal (n,), in the objective tr((W - B) G (W - B)^T); None for the identity."""
-        raise NotImplementedError
 
     def spectrum(self, weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
         """(min(m, n),) what each further rank is worth to this method, for budgets shared by layers."""
