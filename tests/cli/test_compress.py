@@ -174,7 +174,7 @@ def test_own_calibration_text(tiny, tmp_path, run_json):
     run_json(*common, "--data", rows, "--field", "body", "--out", tmp_path / "b")
     run_json(*common, "--out", tmp_path / "c")
     one, two, default = (_state(tmp_path / name) for name in "abc")
-    key = "model.layers.0.mlp.up_proj.kept"
+    key = "model.layers.0.mlp.up_proj.kept_transposed"
     assert not torch.equal(one[key], default[key])
     assert not torch.equal(two[key], default[key])
 

@@ -300,7 +300,7 @@ def _damage(path: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:1000])
     elif how == "tensor missing":
         state = load_file(weights)
-        del state["model.layers.1.self_attn.k_proj.kept"]
+        del state["model.layers.1.self_attn.k_proj.kept_transposed"]
         save_file(state, weights, metadata={"format": "pt"})
     else:
         config = json.loads((path / "config.json").read_text())
@@ -321,7 +321,7 @@ def _damage(path: Path, how: str) -> None:
     [
         ("no weights", "cannot read the model in .*: "),
         ("cut off", "the weights in .* are damaged: "),
-        ("tensor missing", "the checkpoint has no tensor model.layers.1.self_attn.k_proj.kept"),
+        ("tensor missing", "the checkpoint has no tensor model.layers.1.self_attn.k_proj.kept_transposed"),
         ("newer", "format 2 and this Eckart reads up to 1: pip install --upgrade eckart"),
         ("unknown layer", "describes the layer model.layers.7.self_attn.q_proj, which LlamaForCausalLM does not have"),
         ("unknown structure", "unknown structure type 'wavelet'"),

@@ -194,7 +194,7 @@ def test_dtype_defaults_to_that_of_up_and_inputs_are_untouched() -> None:
     assert torch.equal(up, before)
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in layer.parameters())
     plain = LowRank.from_factors(up, down, form="plain")
-    plain.up.data.zero_()
+    plain.up_transposed.data.zero_()
     assert torch.equal(up, before)
 
 
@@ -245,4 +245,4 @@ def test_forward_never_builds_the_dense_matrix(options: dict[str, str]) -> None:
     with Sizes() as seen:
         layer(x).sum().backward()
     assert seen.largest <= rank * max(m, n) < m * n / 4  # a factor or its gradient
-    assert layer.kept.grad is not None if "side" in options else layer.up.grad is not None
+    assert (layer.kept_transposed if "side" in options else layer.up_transposed).grad is not None
