@@ -14,11 +14,18 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of each contender: one warm-up, then all in turn, so that drift of the machine hits all alike."""
+def interleaved(
+    contenders: dict[str, Callable[[], Any]], repeats: int = 5, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each contender: one warm-up, then all in turn, so that drift of the machine hits all alike.
+
+    ``pause`` seconds of rest come before each run: threads of another linear algebra library spin for a while after
+    their work and would slow down whoever comes next.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
+            time.sleep(pause)
             start = time.perf_counter()
             run()
             if repeat:
