@@ -63,12 +63,6 @@ def main() -> None:
             found.update({ref.name: weight for ref, weight in zip(group, done, strict=True)})
         return found
 
-    def plain() -> dict[str, torch.Tensor]:
-        return {
-            ref.name: plain_recipe(dense[ref.name], statistics[ref.name].require("gram"), ranks[ref.name])
-            for ref in members
-        }
-
     def recipe(dtype: torch.dtype) -> Any:
         def run() -> dict[str, torch.Tensor]:
             return {

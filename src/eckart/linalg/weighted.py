@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._deflate import eigh_without_outliers
 from ._prepare import all_finite
 from .eigh import eigh
 from .errors import LinalgError
@@ -181,13 +182,12 @@ def _leading(
 
 
 def _top(gram: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvalues, descending, and the k leading eigenvectors; LAPACK reads one triangle only."""
+    """All eigenvalues, descending, and the k leading eigenvectors."""
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = eigh_without_outliers(gram)
     except torch.linalg.LinAlgError:
         values, vectors = eigh(gram)  # which has other ways
-        return values, vectors[:, :k]
-    return values.flip(-1), vectors[:, gram.shape[-1] - k :].flip(-1)
+    return values, vectors[:, :k]
 
 
 def _cholesky(weight: torch.Tensor, floor: float) -> torch.Tensor:
