@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eckart.linalg import (
     LinalgError,
@@ -14,6 +16,7 @@ from eckart.linalg import (
     schatten_norm,
     spectral_norm,
 )
+from eckart.linalg.norms import nuclear_norm_l12
 
 NORMS = {
     "frobenius": (frobenius_norm, lambda s: np.sqrt((s**2).sum())),
@@ -76,3 +79,65 @@ def test_relative_error():
 def test_bad_order():
     with pytest.raises(ValueError, match="p must be above 0"):
         schatten_norm(torch.eye(2), 0)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 12),
+    n=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([1.0, 1e30, 1e-30]),
+    seed=st.integers(0, 99),
+)
+def test_sum_of_column_norms_is_between_the_nuclear_norm_and_its_bound(m, n, dtype, scale, seed):
+    a = (normal(m, n, seed=seed) * scale).to(dtype)
+    lengths = np.linalg.norm(a.double().numpy(), axis=0)
+    bound, truncated = nuclear_norm_l12(a), nuclear_norm_l12(a, truncated=True)
+    assert bound.dtype == torch.float64
+    assert float(bound) == pytest.approx(lengths.sum(), rel=1e-6)
+    assert float(truncated) == pytest.approx(np.sort(lengths)[::-1][:m].sum(), rel=1e-6)
+    assert float(nuclear_norm(a)) <= float(bound) * (1 + 1e-6)
+    assert float(bound) <= math.sqrt(n) * float(frobenius_norm(a)) * (1 + 1e-6)
+
+
+def test_orthogonal_columns_make_the_bound_exact():
+    a = torch.linalg.qr(normal(9, 5))[0] * torch.tensor([5.0, 1.0, 2.0, 0.0, 3.0])
+    assert float(nuclear_norm_l12(a)) == pytest.approx(float(nuclear_norm(a)), rel=1e-13)
+
+
+def test_the_traps_of_the_bound():
+    """It sees the basis, and cut to min(m, n) columns it is no bound; the numbers are those of Gaussian rows."""
+    a = normal(20, 768)
+    a = a / a.norm(dim=1, keepdim=True)
+    rotation = torch.linalg.qr(normal(768, 768, seed=1))[0]
+    one = torch.zeros(20, 768, dtype=torch.float64)
+    one[:, 0] = 1  # of rank one
+    for norm in (nuclear_norm, frobenius_norm):
+        assert float(norm(one @ rotation)) == pytest.approx(float(norm(one)), rel=1e-9)
+    assert float(nuclear_norm_l12(one)) == pytest.approx(float(nuclear_norm(one)), rel=1e-12)
+    assert float(nuclear_norm_l12(one @ rotation)) > 15 * float(nuclear_norm(one))
+    permuted = a[torch.randperm(20, generator=torch.Generator().manual_seed(0))][:, torch.arange(767, -1, -1)]
+    assert float(nuclear_norm_l12(permuted)) == pytest.approx(float(nuclear_norm_l12(a)), rel=1e-12)
+    exact, bound, published = nuclear_norm(a), nuclear_norm_l12(a), nuclear_norm_l12(a, truncated=True)
+    assert [float(x) for x in (published, exact, bound)] == pytest.approx([4.5, 19.4, 122], rel=0.05)
+    tall = normal(500, 64)
+    tall = tall / tall.norm(dim=1, keepdim=True)
+    assert float(nuclear_norm_l12(tall)) == float(nuclear_norm_l12(tall, truncated=True))
+    assert [float(nuclear_norm(tall)), float(nuclear_norm_l12(tall))] == pytest.approx([176.0, 178.8], rel=0.01)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_edges_of_the_bound(truncated):
+    assert float(nuclear_norm_l12(torch.zeros(3, 4), truncated=truncated)) == 0
+    assert float(nuclear_norm_l12(torch.zeros(0, 4), truncated=truncated)) == 0
+    batch = normal(2, 3, 4, 6)
+    for i in range(2):
+        for j in range(3):
+            one = nuclear_norm_l12(batch[i, j], truncated=truncated)
+            assert float(nuclear_norm_l12(batch, truncated=truncated)[i, j]) == pytest.approx(float(one), rel=1e-13)
+    with pytest.raises(LinalgError, match="contains NaN or Inf"):
+        nuclear_norm_l12(torch.tensor([[float("nan")]]), truncated=truncated)

@@ -108,6 +108,12 @@ def test_energy_of_known_spectra():
     assert (energy_at(s, 0), energy_at(s, 1)) == (0, 1)
 
 
+def test_lists_are_read_in_float64():
+    assert effective_rank([0.1, 0.2]) == pytest.approx(
+        math.exp(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3)), rel=1e-14
+    )
+
+
 def test_elbow():
     assert elbow_rank([10.0, 10, 10, 0, 0, 0, 0]) == 3
     assert elbow_rank([9.0] * 5 + [0.1 * 0.9**i for i in range(50)]) == 5

@@ -5,14 +5,14 @@ A spectrum s is a one-dimensional tensor or sequence of singular values, in any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
 
 from ._counts import Form, break_even_rank, num_parameters, rank_for_parameters, rank_for_ratio
 from .allocate import Matrix, Policy, allocate
-from .errors import LinalgError
+from .spectrum import Spectrum, descending, shares, spectral_entropy
 
 __all__ = [
     "Form",
@@ -30,10 +30,8 @@ __all__ = [
     "stable_rank",
 ]
 
-Spectrum = Tensor | Sequence[float]
 
-
-def energy_rank(s: Spectrum, energy: float) -> int:
+def energy_rank(s: Spectrum, energy: float, *, power: float = 2.0) -> int:
     """Smallest rank that keeps the share ``energy`` of the squared Frobenius norm.
 
         min k with  s_1^2 + ... + s_k^2 >= energy * sum s_i^2
@@ -41,12 +39,13 @@ def energy_rank(s: Spectrum, energy: float) -> int:
     Args:
         s: Singular values.
         energy: Share in [0, 1].
+        power: 2; with 1 it is the share of the nuclear norm, which some papers mean by energy.
 
     Returns:
         The rank; 0 for a zero matrix.
 
     Raises:
-        ValueError: energy outside [0, 1].
+        ValueError: energy outside [0, 1], power not positive.
         LinalgError: Not one-dimensional, or a value is NaN, infinite or negative.
 
     Example:
@@ -55,7 +54,7 @@ def energy_rank(s: Spectrum, energy: float) -> int:
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"energy is a share between 0 and 1, not {energy}")
-    cumulated = _descending(s).square().cumsum(dim=0)
+    cumulated = shares(s, power).cumsum(dim=0)
     if cumulated.numel() == 0 or energy == 0:
         return 0
     return int((cumulated < energy * cumulated[-1]).sum()) + int(cumulated[-1] > 0)
@@ -81,7 +80,7 @@ def energy_at(s: Spectrum, fraction: float) -> float:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is a share of the ranks between 0 and 1, not {fraction}")
-    squares = _descending(s).square()
+    squares = _scaled(s).square()
     count = int(-(-fraction * squares.numel() // 1))
     total = float(squares.sum())
     return min(1.0, float(squares[:count].sum()) / total) if total > 0 else 1.0
@@ -105,11 +104,10 @@ def elbow_rank(s: Spectrum) -> int:
     Reference:
         Satopää et al., "Finding a Kneedle in a haystack", ICDCS Workshops 2011.
     """
-    values = _descending(s)
+    values = _scaled(s)
     size = values.numel()
     if size == 0 or values[0] == 0:
         return 0
-    values = values / values[0]
     line = torch.lerp(values[0], values[-1], torch.arange(size, dtype=torch.float64) / max(1, size - 1))
     depth = line - values
     # A flat spectrum differs from its line by rounding only.
@@ -134,11 +132,7 @@ def effective_rank(s: Spectrum) -> float:
     Reference:
         O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    values = _descending(s)
-    if values.numel() == 0 or values[0] == 0:
-        return 0.0
-    shares = values / values[0]
-    return float(torch.special.entr(shares / shares.sum()).sum().exp())
+    return math.exp(spectral_entropy(s, power=1)) if bool(descending(s).any()) else 0.0
 
 
 def stable_rank(s: Spectrum) -> float:
@@ -157,18 +151,13 @@ def stable_rank(s: Spectrum) -> float:
     Reference:
         M. Rudelson and R. Vershynin, "Sampling from large matrices", J. ACM 54 (2007).
     """
-    values = _descending(s)
+    values = _scaled(s)
     if values.numel() == 0 or values[0] == 0:
         return 0.0
-    return float((values / values[0]).square().sum())
+    return float(values.square().sum())
 
 
-def _descending(s: Spectrum) -> Tensor:
-    """The spectrum in float64 on the CPU, largest first, checked; scaled so that its squares exist."""
-    values = torch.as_tensor(s).detach().to(device="cpu", dtype=torch.float64)
-    if values.ndim != 1 or not bool(((values >= 0) & values.isfinite()).all()):
-        raise LinalgError.about(
-            "s", values, "is not a one-dimensional spectrum of finite values >= 0", "give singular values"
-        )
-    largest = float(values.max()) if values.numel() else 0.0
-    return (values / largest if largest > 0 else values).sort(descending=True).values
+def _scaled(s: Spectrum) -> Tensor:
+    """The spectrum, largest first, over its largest value, so that its squares exist."""
+    values = descending(s)
+    return values / values[0] if values.numel() and values[0] > 0 else values
