@@ -31,13 +31,14 @@ def _file(method: Method) -> Path:
 
 
 def _method_classes(path: Path) -> list[str]:
-    """Classes of a file that derive from something in its family's contract: what makes it a method file."""
+    """Classes of a file that derive from its family's method contract: what makes it a method file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     contract = {
         alias.asname or alias.name
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == "contract"
         for alias in node.names
+        if alias.name.endswith("Method")
     }
     return [
         node.name

@@ -24,7 +24,7 @@ LEVELS = (
     FAMILIES,
     ("recipe", "bench", "report"),
     ("cli",),
-    ("_transformers_hook",),
+    ("_hooks",),
     ("",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -146,7 +146,7 @@ def test_decompositions_stay_in_linalg(path):
         ("eckart.compression.svd", "from .contract import WeightMethod\nfrom eckart.catalog import get", []),
         ("eckart.catalog", "from eckart.linalg import svd", ["eckart.linalg"]),
         ("eckart.cli.compress", "from eckart.compression import compress", []),
-        ("eckart.models.load", "import eckart._transformers_hook", ["eckart._transformers_hook"]),
+        ("eckart.models.load", "import eckart._hooks", ["eckart._hooks"]),
     ],
 )
 def test_the_check_sees_an_upward_import(module, source, violations):

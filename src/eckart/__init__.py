@@ -14,9 +14,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from eckart._transformers_hook import install as _install_transformers_hook
+from eckart._hooks import install as _install_hooks
 
 if TYPE_CHECKING:
+    from eckart.adapters import adapt
     from eckart.analysis import spectra
     from eckart.compression import compress
     from eckart.linalg import allocate, svd
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "adapt",
     "allocate",
     "calibrate",
     "compress",
@@ -38,6 +40,7 @@ __all__ = [
 
 # Where each public name lives. Nothing here is imported before it is asked for.
 _LAZY = {
+    "adapt": "eckart.adapters",
     "allocate": "eckart.linalg",
     "calibrate": "eckart.models",
     "compress": "eckart.compression",
@@ -47,7 +50,7 @@ _LAZY = {
     "spectra": "eckart.analysis",
     "svd": "eckart.linalg",
 }
-_ROOMS = ("analysis", "compression", "linalg", "models", "structures")
+_ROOMS = ("adapters", "analysis", "compression", "linalg", "models", "structures")
 
 
 def __getattr__(name: str) -> Any:
@@ -63,4 +66,4 @@ def __dir__() -> list[str]:
 
 
 # A plain `AutoModelForCausalLM.from_pretrained` must understand the checkpoints that Eckart writes.
-_install_transformers_hook()
+_install_hooks()

@@ -115,7 +115,7 @@ METHODS: tuple[Method, ...] = (
     Method("nora", "adapters", "Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models", "2408.10280", 2024),
     Method("paca", "adapters", "Partial Connection Adaptation for Efficient Fine-Tuning", "2503.01905", 2025),
     Method("petalface", "adapters", "Parameter Efficient Transfer Learning for Low-resolution Face Recognition", "2412.07771", 2024),
-    Method("pissa", "adapters", "Principal Singular Values and Singular Vectors Adaptation of Large Language Models", "2404.02948", 2024),
+    Method("pissa", "adapters", "Principal Singular Values and Singular Vectors Adaptation of Large Language Models", "2404.02948", 2024, "experimental", "eckart.adapters.pissa:PiSSA"),
     Method("salt", "adapters", "Singular Value Adaptation with Low-Rank Transformation", "2503.16055", 2025),
     Method("soka", "adapters", "Singular Value Decomposition on Kronecker Adaptation for Large Language Model", "2506.15251", 2025),
     Method("soma", "adapters", "Singular Value Decomposed Minor Components Adaptation for Domain Generalizable Representation Learning", "2412.04077", 2024),

@@ -7,7 +7,7 @@ where ``config.json`` says they are::
 
 The name is transformers'; nothing is quantized, all tensors are ordinary floating-point ones of any type, and
 training, ``half()`` and ``float()`` work as for any model. Importing this module registers the quantizer;
-``import eckart`` arranges that this happens when it is needed (``eckart._transformers_hook``).
+``import eckart`` arranges that this happens when it is needed (``eckart._hooks``).
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _names_in(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str]:
     return found
 
 
-# In place of the stand-ins of eckart._transformers_hook, or of older classes if this module is reloaded: the functions
+# In place of the stand-ins of eckart._hooks, or of older classes if this module is reloaded: the functions
 # refuse a name that is taken.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)

@@ -18,14 +18,14 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert type(model.model.layers[0].mlp.up_proj).__name__ == "LowRank", model
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(8)[None]).logits, sys.argv[2])
-assert not any(type(finder).__module__ == "eckart._transformers_hook" for finder in sys.meta_path)
+assert not any(getattr(finder, "module", "") == "transformers.quantizers.auto" for finder in sys.meta_path)
 """
 TABLE = """
 import sys
 import transformers.quantizers.auto as table
 assert table.AutoHfQuantizer.supports_quant_method({"quant_method": "eckart"})
 assert "eckart" in table.AUTO_QUANTIZER_MAPPING
-assert not any(type(finder).__module__ == "eckart._transformers_hook" for finder in sys.meta_path)
+assert not any(getattr(finder, "module", "") == "transformers.quantizers.auto" for finder in sys.meta_path)
 """
 ECKART = "import eckart"
 TRANSFORMERS = "from transformers import AutoModelForCausalLM"
@@ -47,11 +47,11 @@ VARIANTS = {  # these only look at the table of transformers
     "installed again and reloaded": [
         "import importlib",
         ECKART,
-        "eckart._transformers_hook.install()",
-        "importlib.reload(eckart._transformers_hook).install()",
+        "eckart._hooks.install()",
+        "importlib.reload(eckart._hooks).install()",
         "importlib.reload(eckart)",
         "import transformers.quantizers.auto",
-        "eckart._transformers_hook.install()",
+        "eckart._hooks.install()",
     ],
     "asked for and not imported, then untouched": [
         ECKART,
@@ -130,6 +130,20 @@ def test_every_order_of_importing(checkpoint, tmp_path):
     assert "Unknown quantization type, got eckart" in run.stderr
     for name in ORDERS:
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected), name
+
+
+PEFT = """
+import sys
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+assert PEFT_TYPE_TO_CONFIG_MAPPING["ECKART"].__name__ == "EckartConfig"
+assert PEFT_TYPE_TO_TUNER_MAPPING["ECKART"].__name__ == "EckartModel"
+assert not any(getattr(finder, "module", "") == "peft" for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("first", [[ECKART, "import peft"], ["import peft", ECKART], ["import eckart.adapters"]])
+def test_peft_knows_the_adapters_whatever_was_imported_first(first):
+    subprocess.run([sys.executable, "-c", "\n".join([*first, PEFT])], check=True)
 
 
 def test_import_eckart_imports_neither_torch_nor_transformers():

@@ -1,0 +1,137 @@
+"""What an adapter is, and what a method has to say to make one.
+
+    y = base(x) + update(x),   update(x) = x Δᵀ,   Δ (out, in) = delta()
+
+The base weight is never touched. A paper whose base is a residual, W_res + B A with W_res = W - B_0 A_0, is written as
+W + (B A - B_0 A_0): the same function, with B_0 A_0 kept. So the output at the start is exact in every dtype, a
+quantized base will do, taking an adapter off needs no arithmetic, and any number of them compose.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..models.calibrate import Statistics
+from .site import Site, SiteKind
+
+__all__ = ["Adapter", "AdapterMethod"]
+
+
+class Adapter(nn.Module, ABC):
+    """The tensors of one method at one site: trained ones are parameters, frozen ones buffers.
+
+    All are float32, shaped but without values after construction; `initialize` or a checkpoint fills them.
+
+    Args:
+        site: Where it sits.
+        rank: r.
+
+    Attributes:
+        ready: Whether the tensors have values.
+    """
+
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        self.site = site
+        self.rank = rank
+        self.ready = False
+
+    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Output of the adapted layer; ``base`` is the layer with the adapters under this one."""
+        y = base(x)
+        inner = x if self.site.kind == "embedding" else x.to(torch.float32)
+        return y + self.update(inner).to(y.dtype)
+
+    @abstractmethod
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the base output, for x in float32 (or the indices of an embedding)."""
+
+    @abstractmethod
+    def delta(self, weight: Tensor) -> Tensor:
+        """Δ (out, in) float32 with adapted weight = weight + Δ.
+
+        Args:
+            weight: (out, in) float32, the weight under this adapter, for methods whose Δ depends on it.
+        """
+
+    @abstractmethod
+    def initialize(self, weight: Tensor, statistics: Statistics | None, generator: torch.Generator) -> None:
+        """Fill the tensors.
+
+        Args:
+            weight: (out, in) float32, the base weight.
+            statistics: What the method's `needs` asked for, of this site's input.
+            generator: Source of randomness, on the CPU.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """A term that is added to the loss, or None."""
+        return None
+
+    def on_step(self, step: int, total: int) -> None:
+        """Called after every optimizer step: ``step`` of ``total``, the first one is 1. Nothing to do for most."""
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(left (out, k), right (k, in)) with Δ = left @ right exactly, or None where Δ has no small rank."""
+        return None
+
+    def parameter(self, name: str, *shape: int) -> None:
+        """Register a trained tensor."""
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def buffer(self, name: str, *shape: int) -> None:
+        """Register a frozen tensor, saved with the others."""
+        self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def fill(self, **values: Tensor) -> None:
+        """Copy values into tensors of these names."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+    def num_trainable(self) -> int:
+        """Trained numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+
+@dataclass(frozen=True)
+class AdapterMethod(ABC):
+    """A published method with its options; makes one `Adapter` a site.
+
+    A subclass is a frozen dataclass whose fields are the options of the paper.
+
+    Attributes:
+        needs: Calibration statistics that `Adapter.initialize` wants, from `eckart.models.calibrate.NEEDS`.
+        kinds: Kinds of site it is defined for.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
+
+    @abstractmethod
+    def build(self, site: Site, rank: int, scale: float) -> Adapter:
+        """The adapter with its tensors allocated, without values.
+
+        Args:
+            site: Where it will sit.
+            rank: r, from 1 to ``site.largest_rank``.
+            scale: alpha / r.
+        """
+
+    @abstractmethod
+    def trainable(self, site: Site, rank: int) -> int:
+        """Trained numbers at one site by the paper's formula; what `build` makes is checked against it."""
+
+    def check(self, site: Site, rank: int) -> str | None:
+        """Why the method cannot be used at this site with this rank, or None."""
+        if site.kind not in self.kinds:
+            return f"is of kind {site.kind}, for which the method is not defined"
+        if not 1 <= rank <= site.largest_rank:
+            return f"has min(out, in) = {site.largest_rank}, so its rank must be 1 to {site.largest_rank}, not {rank}"
+        return None

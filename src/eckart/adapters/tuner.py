@@ -1,0 +1,210 @@
+"""The one PEFT tuner of Eckart: it puts the adapter of any method on the layers of a model.
+
+Everything is decided and computed before the first layer is touched: which modules, whether the method is defined
+there, and the initial tensors of all of them, several matrices at a time. A failure leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..models.calibrate import Statistics
+from ..models.parallel import parallel_map
+from ..models.select import linears, nearest
+from .config import EckartConfig
+from .contract import Adapter, AdapterMethod
+from .fingerprint import check_fingerprints, fingerprint
+from .layer import EckartLayer, base_weight, layer_name
+from .site import Site, site_of
+
+__all__ = ["EckartModel"]
+
+_IGNORED = -100  # the label of a token that does not count, in all of transformers
+
+
+class EckartModel(BaseTuner):
+    """A model with Eckart adapters, as `peft.get_peft_model` makes it.
+
+    Calibration statistics, for methods that start from data, come as an attribute ``statistics`` of the configuration
+    that is no field of it; `eckart.adapt` puts it there.
+    """
+
+    prefix: str = "eckart_"
+    tuner_layer_cls = EckartLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check, compute and only then replace layers."""
+        config: Any = self.peft_config[adapter_name]
+        try:
+            self.__dict__["_pending"] = self._plan(model, config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            self.__dict__.pop("_pending", None)
+
+    def penalty(self) -> Tensor | None:
+        """Sum of the penalties of the active adapters, for loops that compute their own loss."""
+        terms = [term for adapter in self._active() if (term := adapter.penalty()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def on_step(self, step: int, total: int) -> None:
+        """Tell the active adapters that optimizer step ``step`` of ``total`` is done; the first step is 1."""
+        for adapter in self._active():
+            adapter.on_step(step, total)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own output, with the penalties added to its loss while training.
+
+        Where the loss is a sum over micro-batches that is divided by ``num_items_in_batch``, as in the Trainer, each
+        micro-batch carries its share of the penalty, so accumulating gradients equals one big batch.
+        """
+        output = self.model(*args, **kwargs)
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        loss = output.get("loss") if isinstance(output, dict) else None
+        penalty = self.penalty() if loss is not None else None
+        if loss is not None and penalty is not None:
+            items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+            share = 1.0 if items is None or labels is None else labels.ne(_IGNORED).sum() / items
+            output["loss"] = loss + penalty.to(loss) * share
+        return output
+
+    def _active(self) -> list[Adapter]:
+        layers = [module for module in self.model.modules() if isinstance(module, EckartLayer)]
+        return [adapter for layer in layers if not layer.disable_adapters for adapter in layer.adapters()]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config  # the plan has filled in the targets
+
+    def _plan(self, model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
+        """The adapter of each target by module name, with its values unless they come from a file."""
+        method = config.build_method()
+        if config.target_modules is None:
+            config.target_modules = {layer_name(ref.name) for ref in linears(model).linears}  # type: ignore[assignment]
+        _maybe_include_all_linear_layers(config, model)
+        layers = _targets(model, config)
+        sites: dict[str, Site] = {}
+        for name, layer in layers.items():
+            site = layer.site if isinstance(layer, EckartLayer) else site_of(name, layer)
+            if site is None:
+                raise ValueError(f"{name} ({type(layer).__name__}) has no weight that can be adapted; exclude it")
+            problem = method.check(site, config.rank_of(name))
+            if problem:
+                raise ValueError(f"{config.method} cannot adapt {name}: it {problem}")
+            sites[name] = site
+        statistics: dict[str, Statistics] = config.__dict__.get("statistics") or {}
+        if method.needs and not config.initialized and not sites.keys() <= statistics.keys():
+            raise ValueError(
+                f"{config.method} starts from data ({', '.join(sorted(method.needs))}); "
+                "use eckart.adapt(model, ..., data=...)"
+            )
+        return _initialized(method, config, sites, layers, statistics, get_quantization_kwargs(model))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        adapter = self.__dict__["_pending"][current_key]
+        if isinstance(target, EckartLayer):
+            target.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+            return
+        layer = EckartLayer(target, adapter.site)
+        layer.quantization_backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        layer._active_adapter = self.active_adapters
+        layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_fingerprints(model, adapter_name, remapped)
+        return remapped
+
+
+def _targets(model: nn.Module, config: EckartConfig) -> dict[str, nn.Module]:
+    """Modules that the configuration names, by full name; not what lies inside an adapted layer.
+
+    Raises:
+        ValueError: It names none; with the nearest names.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, EckartLayer))
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
+    found = {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+    if not found:
+        wanted = config.target_modules
+        one = wanted if isinstance(wanted, str) else next(iter(sorted(wanted or ["?"])))
+        known = [name for name, module in modules.items() if site_of(name, module) is not None]
+        raise ValueError(f"target_modules={wanted!r} matches no layer{nearest(one, known)}")
+    return found
+
+
+def _initialized(
+    method: AdapterMethod,
+    config: EckartConfig,
+    sites: dict[str, Site],
+    layers: dict[str, nn.Module],
+    statistics: dict[str, Statistics],
+    quantization: dict[str, Any],
+) -> dict[str, Adapter]:
+    def make(name: str) -> Adapter:
+        site, rank = sites[name], config.rank_of(name)
+        adapter = method.build(site, rank, config.scale_of(rank))
+        expected = method.trainable(site, rank)
+        if adapter.num_trainable() != expected:
+            raise RuntimeError(f"{config.method} trains {adapter.num_trainable()} numbers at {name}, not {expected}")
+        adapter.register_buffer("fingerprint", torch.zeros(2))
+        if not config.initialized:
+            layer = layers[name]
+            module = layer.get_base_layer() if isinstance(layer, EckartLayer) else layer
+            weight = _readable(site, layer, module, quantization)
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"{name} has NaN or Inf in its weight; repair the checkpoint first")
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(name.encode()))
+            adapter.initialize(weight, statistics.get(name), generator)
+            adapter.fill(fingerprint=fingerprint(weight))
+        adapter.ready = True
+        return adapter
+
+    def cost(name: str) -> float:
+        return float(sites[name].out_features) * sites[name].in_features * sites[name].largest_rank
+
+    names = list(sites)
+    with torch.no_grad():
+        return dict(zip(names, parallel_map(_without_gradients(make), names, cost=cost), strict=True))
+
+
+def _without_gradients(function: Callable[[str], Adapter]) -> Callable[[str], Adapter]:
+    """Gradient recording is a setting of each thread."""
+
+    def run(name: str) -> Adapter:
+        with torch.no_grad():
+            return function(name)
+
+    return run
+
+
+def _readable(site: Site, layer: nn.Module, module: nn.Module, quantization: dict[str, Any]) -> Tensor:
+    if isinstance(layer, EckartLayer):
+        return base_weight(site, layer)
+    wrapped = EckartLayer(module, site)
+    wrapped.quantization_backend = resolve_quantization_backend(module, **quantization)
+    return base_weight(site, wrapped)
