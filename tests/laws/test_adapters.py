@@ -23,8 +23,7 @@ IDS = torch.arange(24).reshape(2, 12) % 60
 DATA = [{"input_ids": (torch.arange(96).reshape(4, 24) * 7) % 60}]
 
 
-def base(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
+def base() -> nn.Module:
     return tiny_models.FAMILIES["llama"]().eval()
 
 

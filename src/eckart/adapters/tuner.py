@@ -45,6 +45,9 @@ class EckartModel(BaseTuner):
         try:
             self.__dict__["_pending"] = self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if "_penalty_hook" not in self.__dict__:
+                # On the model itself: PEFT calls it past the tuner unless a task type is given.
+                self.__dict__["_penalty_hook"] = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -61,14 +64,13 @@ class EckartModel(BaseTuner):
         for adapter in self._active():
             adapter.on_step(step, total)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output, with the penalties added to its loss while training.
+    def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Adds the penalties to the loss in the model's own output while it is trained.
 
         Where the loss is a sum over micro-batches that is divided by ``num_items_in_batch``, as in the Trainer, each
         micro-batch carries its share of the penalty, so accumulating gradients equals one big batch.
         """
-        output = self.model(*args, **kwargs)
-        if not (self.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()):
             return output
         loss = output.get("loss") if isinstance(output, dict) else None
         penalty = self.penalty() if loss is not None else None
@@ -77,6 +79,13 @@ class EckartModel(BaseTuner):
             share = 1.0 if items is None or labels is None else labels.ne(_IGNORED).sum() / items
             output["loss"] = loss + penalty.to(loss) * share
         return output
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        handle = self.__dict__.pop("_penalty_hook", None)
+        if handle is not None:
+            handle.remove()
+        return model
 
     def _active(self) -> list[Adapter]:
         layers = [module for module in self.model.modules() if isinstance(module, EckartLayer)]
@@ -128,6 +137,10 @@ class EckartModel(BaseTuner):
         layer._active_adapter = self.active_adapters
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own copies weight and bias onto the module that it puts back, which is where they came from.
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "methods": ("eckart.cli.methods:command", "List the published methods, or show one of them."),
     "inspect": ("eckart.cli.inspect:command", "Print what each weight's spectrum says about its rank."),
     "compress": ("eckart.cli.compress:command", "Make a model's weights smaller under a budget."),
+    "adapt": ("eckart.cli.adapt:command", "Fine-tune a model through an adapter and save the adapter."),
+    "convert": ("eckart.cli.convert:command", "Turn an adapter into a plain LoRA that other tools load."),
     "eval": ("eckart.cli.eval:command", "Measure perplexity, tokens per second and peak memory."),
     "generate": ("eckart.cli.generate:command", "Generate text with a model, compressed or not."),
     "export": ("eckart.cli.export:command", "Write a compressed model for tools without Eckart."),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 __all__ = ["CheckpointError", "atomic_directory", "check_target"]
 
+_MARKS = ("config.json", "adapter_config.json")  # of a model, of an adapter
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says in one line why and what to do."""
@@ -21,7 +23,8 @@ def check_target(path: str | os.PathLike[str], *, force: bool = False) -> Path:
 
     Args:
         path: the directory to write.
-        force: allow an existing one to be replaced, if it is empty or holds a model (a ``config.json``).
+        force: allow an existing one to be replaced, if it is empty or holds a model (a ``config.json``) or an adapter
+            (an ``adapter_config.json``).
 
     Returns:
         The absolute path with links resolved.
@@ -41,7 +44,7 @@ def check_target(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     if not force:
         raise FileExistsError(f"{path} exists already; choose another path or replace it with force (--force)")
     # A slip of the keyboard such as --out ~ must not delete a home directory.
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+    if not target.is_dir() or (any(target.iterdir()) and not any((target / mark).is_file() for mark in _MARKS)):
         raise FileExistsError(f"{path} is not a model directory (no config.json) and is not replaced; remove it first")
     return target
 
