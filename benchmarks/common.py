@@ -44,14 +44,25 @@ def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
 
 def record(name: str, figures: dict[str, Any], **extra: Any) -> None:
     """Print the figures and write them to results/NAME.json."""
-    import torch
-    import transformers
-
     row = {
         "benchmark": name,
         "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
         "figures": figures,
         **extra,
+        **environment(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
+    for key, value in figures.items():
+        print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as every row carries them."""
+    import torch
+    import transformers
+
+    return {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -59,10 +70,6 @@ def record(name: str, figures: dict[str, Any], **extra: Any) -> None:
         },
         "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads(), "system": platform.system()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
-    for key, value in figures.items():
-        print(f"{key:58} {value:.4g}" if isinstance(value, float) else f"{key:58} {value}")
 
 
 def _cpu() -> str:

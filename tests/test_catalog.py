@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -31,21 +32,14 @@ def _file(method: Method) -> Path:
 
 
 def _method_classes(path: Path) -> list[str]:
-    """Classes of a file that derive from its family's method contract: what makes it a method file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    contract = {
-        alias.asname or alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == "contract"
-        for alias in node.names
-        if alias.name.endswith("Method")
-    }
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        and any(isinstance(base, ast.Name) and base.id in contract for base in node.bases)
-    ]
+    """Classes of a file that are methods by its family's contract."""
+    if not (path.parent / "contract.py").exists() or path.stem == "contract":
+        return []
+    contract = importlib.import_module(f"eckart.{path.parent.name}.contract")
+    kinds = tuple(value for name, value in vars(contract).items() if name.endswith("Method"))
+    module = importlib.import_module(f"eckart.{path.parent.name}.{path.stem}")
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return [name for name, value in own.items() if isinstance(value, type) and issubclass(value, kinds)]
 
 
 def _measured_names(value: Any) -> set[str]:

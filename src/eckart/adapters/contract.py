@@ -10,7 +10,7 @@ quantized base will do, taking an adapter off needs no arithmetic, and any numbe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +43,12 @@ class Adapter(nn.Module, ABC):
         self.ready = False
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """Output of the adapted layer; ``base`` is the layer with the adapters under this one."""
+        """Output of the adapted layer.
+
+        Args:
+            x: Input of the layer.
+            base: The layer with the adapters under this one; ``base.bias``, where it exists, is the layer's bias.
+        """
         y = base(x)
         inner = x if self.site.kind == "embedding" else x.to(torch.float32)
         return y + self.update(inner).to(y.dtype)
@@ -134,4 +139,24 @@ class AdapterMethod(ABC):
             return f"is of kind {site.kind}, for which the method is not defined"
         if not 1 <= rank <= site.largest_rank:
             return f"has min(out, in) = {site.largest_rank}, so its rank must be 1 to {site.largest_rank}, not {rank}"
+        return None
+
+    def ranks(
+        self,
+        sites: Mapping[str, Site],
+        statistics: Mapping[str, Statistics],
+        rank: int,
+        weight: Callable[[str], Tensor],
+    ) -> dict[str, int] | None:
+        """The rank of each site by name, where the method shares ranks out itself; None for ``rank`` everywhere.
+
+        Asked once, before anything is built, and written into the configuration's ``rank_pattern``. A site that gets 0
+        has no adapter.
+
+        Args:
+            sites: Every site, by name; ``check`` has passed them with ``rank``.
+            statistics: What `needs` asked for, by the same names; empty where nothing is needed.
+            rank: r of the configuration.
+            weight: Gives the base weight (out, in) float32 of a site by its name.
+        """
         return None

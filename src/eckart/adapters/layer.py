@@ -83,16 +83,26 @@ class EckartLayer(nn.Module, BaseTunerLayer):
         found = [self.eckart_adapters[name] for name in wanted if name in self.eckart_adapters]
         return [adapter for adapter in found if isinstance(adapter, Adapter)]
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Its device only: PEFT's own also takes over the dtype, which would round what is frozen to half precision."""
+        wanted = device or next(iter(self.get_base_layer().parameters())).device
+        if adapter_name not in self.eckart_adapters or wanted.type == "meta":
+            return
+        adapter = self.eckart_adapters[adapter_name]
+        if not any(tensor.device.type == "meta" for tensor in adapter.state_dict().values()):  # still to be loaded
+            adapter.to(wanted)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer under its active adapters."""
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        apply: Callable[[Tensor], Tensor] = partial(_call, self.base_layer, args, kwargs)
+        bias = getattr(self.get_base_layer(), "bias", None)
+        below = _Below(partial(_call, self.base_layer, args, kwargs), bias)
         if not (self.disable_adapters or self.merged):
             for adapter in self.adapters():
-                apply = partial(adapter, base=apply)
-        return apply(x)
+                below = _Below(partial(adapter, base=below), bias)
+        return below(x)
 
     def merged_weight(self, names: list[str] | None = None) -> Tensor:
         """(out, in) float32, what the layer computes with the named adapters."""
@@ -166,6 +176,23 @@ class EckartLayer(nn.Module, BaseTunerLayer):
     def __repr__(self) -> str:
         """As PEFT marks its layers."""
         return "eckart." + super().__repr__()
+
+
+class _Below:
+    """What lies under an adapter, as the adapter calls it.
+
+    Attributes:
+        bias: That of the base layer, or None.
+    """
+
+    __slots__ = ("_apply", "bias")
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], bias: Tensor | None) -> None:
+        self._apply = apply
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply(x)
 
 
 def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:

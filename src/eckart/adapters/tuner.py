@@ -116,7 +116,12 @@ class EckartModel(BaseTuner):
                 f"{config.method} starts from data ({', '.join(sorted(method.needs))}); "
                 "use eckart.adapt(model, ..., data=...)"
             )
-        return _initialized(method, config, sites, layers, statistics, get_quantization_kwargs(model))
+        quantization = get_quantization_kwargs(model)
+        if not config.initialized:
+            sites = _shared_out(
+                method, config, sites, statistics, lambda name: _readable(sites[name], layers[name], quantization)
+            )
+        return _initialized(method, config, sites, layers, statistics, quantization)
 
     def _create_and_replace(
         self,
@@ -170,6 +175,22 @@ def _targets(model: nn.Module, config: EckartConfig) -> dict[str, nn.Module]:
     return found
 
 
+def _shared_out(
+    method: AdapterMethod,
+    config: EckartConfig,
+    sites: dict[str, Site],
+    statistics: dict[str, Statistics],
+    weight: Callable[[str], Tensor],
+) -> dict[str, Site]:
+    """The sites that get a rank, where the method shares ranks out itself; the configuration says which and how much."""
+    ranks = method.ranks(sites, statistics, config.r, weight)
+    if ranks is None:
+        return sites
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank > 0}
+    config.target_modules = set(config.rank_pattern)  # type: ignore[assignment]  # as in PEFT's own configurations
+    return {name: site for name, site in sites.items() if name in config.rank_pattern}
+
+
 def _initialized(
     method: AdapterMethod,
     config: EckartConfig,
@@ -186,9 +207,7 @@ def _initialized(
             raise RuntimeError(f"{config.method} trains {adapter.num_trainable()} numbers at {name}, not {expected}")
         adapter.register_buffer("fingerprint", torch.zeros(2))
         if not config.initialized:
-            layer = layers[name]
-            module = layer.get_base_layer() if isinstance(layer, EckartLayer) else layer
-            weight = _readable(site, layer, module, quantization)
+            weight = _readable(site, layers[name], quantization)
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{name} has NaN or Inf in its weight; repair the checkpoint first")
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(name.encode()))
@@ -215,9 +234,10 @@ def _without_gradients(function: Callable[[str], Adapter]) -> Callable[[str], Ad
     return run
 
 
-def _readable(site: Site, layer: nn.Module, module: nn.Module, quantization: dict[str, Any]) -> Tensor:
+def _readable(site: Site, layer: nn.Module, quantization: dict[str, Any]) -> Tensor:
+    """The base weight of a layer that may not be adapted yet."""
     if isinstance(layer, EckartLayer):
         return base_weight(site, layer)
-    wrapped = EckartLayer(module, site)
-    wrapped.quantization_backend = resolve_quantization_backend(module, **quantization)
+    wrapped = EckartLayer(layer, site)
+    wrapped.quantization_backend = resolve_quantization_backend(layer, **quantization)
     return base_weight(site, wrapped)

@@ -1,0 +1,262 @@
+"""Every adapter on one job: GSM8K answers, the demo model, equal trained parameters and steps, its best learning rate.
+
+Answer-token loss on a held-out slice of gsm8k-train. The learning rate is chosen among three on another slice, over
+fewer steps. Forgetting is the change of perplexity on WikiText-2's test text. Each row is written as soon as it is
+done and a second call goes on where the first stopped:
+
+python benchmarks/adapt_gsm8k.py [--only NAME ...] [--smoke] [--draw]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment
+from language_model import demo, evaluation, text
+
+from eckart import adapt, catalog
+from eckart.adapters.config import EckartConfig
+from eckart.adapters.site import site_of
+from eckart.models import linears, peak_memory, perplexity
+from eckart.models.answers import Example, read_examples
+
+LORA_RANK = 8
+RATES = (1e-4, 5e-4, 2e-3)
+# Methods that train a few numbers a layer need far larger steps; their papers say so.
+TINY_RATES = (1e-3, 5e-3, 2e-2)
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "adapt-gsm8k.png"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work one row is."""
+
+    steps: int = 150
+    search_steps: int = 40
+    batch: int = 4
+    held_out: int = 96
+    search_held_out: int = 32
+    length: int = 192
+    text_windows: int = 8
+
+
+SMOKE = Size(steps=2, search_steps=1, batch=1, held_out=2, search_held_out=2, length=48, text_windows=1)
+
+
+@dataclass
+class Job:
+    """The model, the data and the sizes that all rows share."""
+
+    size: Size
+    model: Any
+    tokenizer: Any
+    train: list[Example]
+    search: list[Example]
+    judge: list[Example]
+    windows: list[Any]
+    results: Path
+    lora_parameters: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+def load(
+    size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None, out: Path | None = None
+) -> Job:
+    if model is None:
+        model, tokenizer = demo()
+    source = source or text("gsm8k-train.jsonl")
+    if source is None:
+        raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
+    examples = read_examples(source, tokenizer, length=size.length)
+    judge, search = examples[-size.held_out :], examples[-size.held_out - size.search_held_out : -size.held_out]
+    train = examples[: -size.held_out - size.search_held_out]
+    windows = evaluation(tokenizer, samples=size.text_windows)
+    job = Job(size, model, tokenizer, train, search, judge, windows, out or RESULTS / "adapt_gsm8k.json")
+    shapes = [ref.shape for ref in linears(model).linears]
+    job.lora_parameters = LORA_RANK * sum(rows + columns for rows, columns in shapes)
+    return job
+
+
+def rank_for(method: str, job: Job) -> int:
+    """The rank whose trained parameters are nearest to those of LoRA, over all layers together."""
+    rule = EckartConfig(method=method).build_method()
+    sites = [site_of(ref.name, ref.module) for ref in linears(job.model).linears]
+    smallest = min(site.largest_rank for site in sites)
+
+    def distance(rank: int) -> float:
+        if any(rule.check(site, rank) for site in sites):
+            return float("inf")
+        return abs(sum(rule.trainable(site, rank) for site in sites) - job.lora_parameters)
+
+    return min(range(1, smallest + 1), key=distance)
+
+
+def ours(method: str) -> Callable[[Job], Any]:
+    def build(job: Job) -> Any:
+        needs = EckartConfig(method=method).build_method().needs
+        data = [{"input_ids": torch.tensor([e["input_ids"]])} for e in job.train[:32]] if needs else None
+        return adapt(
+            copy.deepcopy(job.model), method, rank_for(method, job), data=data, progress=False, task_type="CAUSAL_LM"
+        )
+
+    return build
+
+
+def of_peft(**options: Any) -> Callable[[Job], Any]:
+    def build(job: Job) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        names = [ref.name for ref in linears(job.model).linears]
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names, task_type="CAUSAL_LM", **options)
+        return get_peft_model(copy.deepcopy(job.model), config)
+
+    return build
+
+
+def full(job: Job) -> Any:
+    model = copy.deepcopy(job.model)
+    chosen = {id(ref.module.weight) for ref in linears(model).linears}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    return model
+
+
+def contenders() -> dict[str, Callable[[Job], Any]]:
+    rows: dict[str, Callable[[Job], Any]] = {
+        "lora": of_peft(),
+        "rslora": of_peft(use_rslora=True),
+        "dora": of_peft(use_dora=True),
+        "olora": of_peft(init_lora_weights="olora"),
+        "full fine-tuning": full,
+    }
+    built = [row.name for row in catalog.select(family="adapters") if row.status != "planned"]
+    return rows | {name: ours(name) for name in built}
+
+
+def fit(job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: list[Example]) -> dict[str, Any]:
+    """Train from the start with one learning rate; losses, times, and the model."""
+    from transformers import DataCollatorForSeq2Seq
+
+    from eckart.adapters.train import answer_loss
+
+    collate = DataCollatorForSeq2Seq(job.tokenizer, padding=True)
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model = build(job)
+    initialized = time.perf_counter() - start
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    losses: list[float] = []
+    seconds: list[float] = []
+    for step in range(steps):
+        rows = [dict(job.train[(step * job.size.batch + i) % len(job.train)]) for i in range(job.size.batch)]
+        batch = collate(rows)
+        begin = time.perf_counter()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if hasattr(getattr(model, "base_model", None), "on_step"):
+            model.base_model.on_step(step + 1, steps)
+        seconds.append(time.perf_counter() - begin)
+        losses.append(float(loss.detach()))
+    final = answer_loss(model, judge, collate, batch_size=job.size.batch)
+    return {
+        "model": model,
+        "loss": final,
+        "curve": losses,
+        "seconds to initialize": initialized,
+        "seconds a step": sorted(seconds)[len(seconds) // 2],
+        "trained parameters": sum(p.numel() for p in trained),
+    }
+
+
+def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
+    """One row of the table."""
+    probe = sum(p.numel() for p in build(job).parameters() if p.requires_grad)
+    rates = TINY_RATES if probe < job.lora_parameters / 4 else RATES
+    search = {rate: fit(job, build, rate, job.size.search_steps, job.search)["loss"] for rate in rates}
+    rate = min(search, key=lambda r: (search[r] != search[r], search[r]))  # NaN is never the best
+    done = fit(job, build, rate, job.size.steps, job.judge)
+    model = done.pop("model")
+    after = perplexity(model, job.windows, progress=False).perplexity
+    before = perplexity(job.model, job.windows, progress=False).perplexity
+    known = {row.name for row in catalog.select(family="adapters")}
+    return {
+        **({"method": name} if name in known else {"baseline": name}),
+        **done,
+        "learning rate": rate,
+        "learning rates tried": {str(key): value for key, value in search.items()},
+        "perplexity before": before,
+        "perplexity after": after,
+        "peak memory": peak_memory(),
+        "steps": job.size.steps,
+        "seed": 0,
+        **environment(),
+    }
+
+
+def rows(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return found
+
+
+def draw(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    found = sorted(rows(path).items(), key=lambda pair: pair[1]["loss"])
+    for index, (name, row) in enumerate(found):
+        curve, window = row["curve"], 15
+        smooth = [
+            sum(curve[max(0, i - window) : i + 1]) / len(curve[max(0, i - window) : i + 1]) for i in range(len(curve))
+        ]
+        style = "--" if "baseline" in row else "-"
+        axis.plot(smooth, style, color=plt.get_cmap("turbo")(index / max(1, len(found) - 1)), label=name, linewidth=1.2)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss, mean of the last 15 steps")
+    axis.legend(fontsize=7, ncol=2)
+    axis.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--smoke", action="store_true", help="two steps a row, into a file of its own")
+    parser.add_argument("--draw", action="store_true", help="only draw the loss curves")
+    options = parser.parse_args()
+    if options.draw:
+        draw(RESULTS / "adapt_gsm8k.json")
+        return
+    out = RESULTS.parent / "cache" / "adapt_gsm8k_smoke.json" if options.smoke else None
+    job = load(SMOKE if options.smoke else Size(), out=out)
+    for name, build in contenders().items():
+        if (options.only and name not in options.only) or name in rows(job.results):
+            continue
+        print(f"--- {name}", flush=True)
+        row = run(job, name, build)
+        job.results.parent.mkdir(exist_ok=True)
+        job.results.write_text(
+            json.dumps({"benchmark": "adapt_gsm8k", "rows": rows(job.results) | {name: row}}, indent=1) + "\n"
+        )
+        print(f"{name}: loss {row['loss']:.4f}, {row['trained parameters']:,} trained", flush=True)
+
+
+if __name__ == "__main__":
+    main()
