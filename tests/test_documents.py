@@ -13,7 +13,7 @@ import transformers
 
 import tiny_checkpoints
 import tiny_models
-from eckart.cli.main import main
+from eckart.cli.main import COMMANDS, main
 from eckart.models import load_tokenizer, save
 from eckart.structures import LowRank
 
@@ -62,7 +62,7 @@ def test_commands_run_one_after_the_other(path, elsewhere, capsys):
 def test_every_option_that_is_named_exists(capsys):
     """Options in running text too, such as `--stream`."""
     known = set()
-    for command in ("methods", "inspect", "compress", "eval", "generate", "export"):
+    for command in COMMANDS:
         assert main([command, "--help"]) == 0
         known |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
     others = {"--debug", "--no-deps"}  # of `eckart` itself, and of pip
