@@ -186,6 +186,7 @@ def _shared_out(
     ranks = method.ranks(sites, statistics, config.r, weight)
     if ranks is None:
         return sites
+    ranks |= {name: rank for name, rank in config.rank_pattern.items() if name in ranks}  # what the user said stands
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank > 0}
     config.target_modules = set(config.rank_pattern)  # type: ignore[assignment]  # as in PEFT's own configurations
     return {name: site for name, site in sites.items() if name in config.rank_pattern}
