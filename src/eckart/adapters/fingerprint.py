@@ -14,17 +14,20 @@ _TOLERANCE = 0.05
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Norm of W (out, in), and its inner product with fixed pseudo-random signs over the norm of that; (2,) float32.
+    """Norm of W (out, in), and aᵀ W b for fixed vectors a (out,) and b (in,) of norm one; (2,) float32.
 
     Example:
         >>> fingerprint(torch.eye(2)).shape
         torch.Size([2])
     """
-    flat = weight.to(torch.float64).flatten()
-    index = torch.arange(flat.numel(), device=flat.device)
-    signs = ((index * 2654435761) >> 7) % 2 * 2 - 1
-    norm = flat.square().sum().sqrt()
-    return torch.stack([norm, (flat * signs).sum()]).to(torch.float32).cpu()
+    a, b = (_direction(size, weight.device) for size in weight.shape)
+    return torch.stack([torch.linalg.vector_norm(weight), a @ (weight @ b)]).to("cpu", torch.float32)
+
+
+def _direction(size: int, device: torch.device) -> Tensor:
+    """A unit vector that no weight has a reason to be aligned with; the same in every version of every library."""
+    values = torch.cos(torch.arange(size, dtype=torch.float64, device=device).square())
+    return (values / values.norm()).to(torch.float32)
 
 
 def check_fingerprints(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -48,7 +51,10 @@ def check_fingerprints(model: nn.Module, adapter_name: str, state: dict[str, Ten
             raise ValueError(f"the adapter file has no tensor {missing[0]}; it is damaged, or of another method")
         saved = state[f"{prefix}fingerprint"].to(torch.float64).cpu()
         actual = fingerprint(base_weight(layer.site, layer)).to(torch.float64)
-        if bool(((saved - actual).abs() > _TOLERANCE * actual[0].clamp(min=1e-30)).any()):
+        # The second number is of the size of the norm over the root of the larger dimension.
+        size = actual[0].clamp(min=1e-30)
+        allowed = _TOLERANCE * torch.stack([size, size / max(layer.in_features, layer.out_features) ** 0.5])
+        if bool(((saved - actual).abs() > allowed).any()):
             raise ValueError(
                 f"the adapter was made for another base model: the weight of {layer.site.name} has norm "
                 f"{float(actual[0]):.4g}, the one it was made for {float(saved[0]):.4g}; load that base"

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..linalg import all_finite
 from ..models.calibrate import Statistics
 from ..models.parallel import parallel_map
 from ..models.select import linears, nearest
@@ -209,7 +210,7 @@ def _initialized(
         adapter.register_buffer("fingerprint", torch.zeros(2))
         if not config.initialized:
             weight = _readable(site, layers[name], quantization)
-            if not bool(weight.isfinite().all()):
+            if not all_finite(weight):
                 raise ValueError(f"{name} has NaN or Inf in its weight; repair the checkpoint first")
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + zlib.crc32(name.encode()))
             adapter.initialize(weight, statistics.get(name), generator)
