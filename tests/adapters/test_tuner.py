@@ -162,7 +162,9 @@ def test_merging_what_is_not_finite_changes_nothing():
     layers[0].eckart_adapters["default"].left.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="gives NaN or Inf; nothing was changed"):
         model.merge_adapter(safe_merge=True)
-    assert all(torch.equal(layer.get_base_layer().weight, weight) for layer, weight in zip(layers, weights, strict=True))
+    assert all(
+        torch.equal(layer.get_base_layer().weight, weight) for layer, weight in zip(layers, weights, strict=True)
+    )
 
 
 class _Counted(Adapter):

@@ -55,7 +55,9 @@ def test_text_is_printed_without_json(tiny, tmp_path, run):
 
 
 def test_an_interrupted_run_goes_on(tiny, sums, tmp_path, run_json):
-    whole = adapt(run_json, tiny, sums, tmp_path / "whole", "--steps", 4, "--workspace", tmp_path / "w", "--save-every", 2)
+    whole = adapt(
+        run_json, tiny, sums, tmp_path / "whole", "--steps", 4, "--workspace", tmp_path / "w", "--save-every", 2
+    )
     for checkpoint in (tmp_path / "w").glob("checkpoint-4"):
         checkpoint.rename(tmp_path / "elsewhere")
     more = ("--steps", 4, "--workspace", tmp_path / "w", "--save-every", 2, "--resume")

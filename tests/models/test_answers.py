@@ -47,7 +47,11 @@ def test_a_long_answer_is_cut(tmp_path):
         (["{"], "{q} => {a}", "a.jsonl, line 1 is no JSON"),
         (["[1]"], "{q} => {a}", "line 1 is no JSON object"),
         ([""], "{q} => {a}", "has no examples in it"),
-        ([{"q": "a" * 99, "a": "b"}], "{q} => {a}", "the prompt has 101 tokens, which leaves no room for an answer in 20"),
+        (
+            [{"q": "a" * 99, "a": "b"}],
+            "{q} => {a}",
+            "the prompt has 101 tokens, which leaves no room for an answer in 20",
+        ),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, lines, template, message):

@@ -1,6 +1,6 @@
 """Any adapter as a plain LoRA, for servers and libraries that know nothing else.
 
-    Δ (out, in) = left right,   B A = the best approximation of Δ of rank r,   error ||Δ - B A||_F
+Δ (out, in) = left right,   B A = the best approximation of Δ of rank r,   error ||Δ - B A||_F
 """
 
 from __future__ import annotations
@@ -160,5 +160,3 @@ def _named(prefix: str, layer: EckartLayer, b: Tensor, a: Tensor) -> dict[str, T
     if layer.site.kernel is not None:
         a, b = a.unflatten(1, (-1, *layer.site.kernel)), b[:, :, None, None]
     return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-
-

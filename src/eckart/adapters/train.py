@@ -182,7 +182,7 @@ def train(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=list(examples),  # type: ignore[arg-type]  # any sequence will do
+        train_dataset=list(examples),
         data_collator=collate,
         callbacks=[EckartCallback(), _Bar(progress)],
     )
@@ -227,7 +227,8 @@ def _check_same_method(model: PeftModel, checkpoint: Path) -> None:
     from peft import PeftConfig
 
     (name,) = model.active_adapters
-    saved, wanted = PeftConfig.from_pretrained(str(checkpoint)), model.peft_config[name]
+    saved: Any = PeftConfig.from_pretrained(str(checkpoint))
+    wanted: Any = model.peft_config[name]
     theirs, ours = (getattr(config, "method", config.peft_type) for config in (saved, wanted))
     if theirs != ours or getattr(saved, "r", None) != wanted.r:
         raise ValueError(

@@ -183,7 +183,7 @@ def _shared_out(
     statistics: dict[str, Statistics],
     weight: Callable[[str], Tensor],
 ) -> dict[str, Site]:
-    """The sites that get a rank, where the method shares ranks out itself; the configuration says which and how much."""
+    """The sites that get a rank where the method shares ranks out itself, written into the configuration too."""
     ranks = method.ranks(sites, statistics, config.r, weight)
     if ranks is None:
         return sites
