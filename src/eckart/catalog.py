@@ -63,10 +63,10 @@ class Method:
 # fmt: off
 METHODS: tuple[Method, ...] = (
     # linalg
-    Method("kronecker-sbl", "linalg", "Bayesian Algorithms for Kronecker-structured Sparse Vector Recovery With Application to IRS-MIMO Channel Estimation", "2307.14719", 2023),
+    Method("kronecker-sbl", "linalg", "Bayesian Algorithms for Kronecker-structured Sparse Vector Recovery With Application to IRS-MIMO Channel Estimation", "2307.14719", 2023, "measured", "eckart.linalg.kronecker_sbl:KroneckerSBL"),
     Method("matrix-sqrt", "linalg", "Fast Differentiable Matrix Square Root (and the T-PAMI extension \"... and Inverse Square Root\")", "2201.08663", 2022),
-    Method("randomized-pivoting", "linalg", "A Unified Perspective on Orthogonalization and Diagonalization (v3+: \"Matrix Factorizations with Uniformly Random Pivoting\")", "2505.02023", 2025),
-    Method("rsvddpd", "linalg", "A Robust Scalable Video Surveillance Background Modelling Algorithm", "2109.10680", 2021),
+    Method("randomized-pivoting", "linalg", "A Unified Perspective on Orthogonalization and Diagonalization (v3+: \"Matrix Factorizations with Uniformly Random Pivoting\")", "2505.02023", 2025, "measured", "eckart.linalg.randomized_pivoting:RandomizedPivoting"),
+    Method("rsvddpd", "linalg", "A Robust Scalable Video Surveillance Background Modelling Algorithm", "2109.10680", 2021, "measured", "eckart.linalg.rsvddpd:RSVDDPD"),
     Method("svd-update", "linalg", "Fast Updating Truncated SVD for Representation Learning with Sparse Matrices", "2401.09703", 2024),
     # compression
     Method("afm-ctr", "compression", "Unified Low-rank Compression Framework for Click-through Rate Prediction (Atomic Feature Mimicking)", "2405.18146", 2024),
