@@ -10,7 +10,27 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("startup", "svd", "factorize", "calibrate", "serve", "stream", "perplexity", "plot")
+NAMES = (
+    "startup",
+    "svd",
+    "randomized",
+    "drivers",
+    "tensors",
+    "cp",
+    "matrix_sqrt",
+    "svd_update",
+    "randomized_pivoting",
+    "rsvddpd",
+    "kronecker_sbl",
+    "factorize",
+    "calibrate",
+    "serve",
+    "stream",
+    "perplexity",
+    "adapters",
+    "adapt_gsm8k",
+    "plot",
+)
 
 
 def main() -> None:

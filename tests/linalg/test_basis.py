@@ -33,6 +33,18 @@ def test_extend_stays_orthonormal_when_little_is_new(outside, dtype, known):
     assert torch.allclose(basis.double() @ coupling + fresh.double() @ growth, new.double(), atol=30 * eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extend_completes_what_a_full_support_cannot_hold(dtype, known):
+    # All columns vanish outside 12 coordinates, 10 of which the basis has: only 2 of the 5 new directions exist there.
+    basis, new = torch.zeros(60, 10, dtype=torch.float64), torch.zeros(60, 5, dtype=torch.float64)
+    basis[:12], new[:12] = known(12, 10, np.ones(10)), known(12, 5, np.ones(5), 1)
+    basis, new = basis.to(dtype), new.to(dtype)
+    coupling, fresh, growth = extend(basis, new)
+    both, eps = torch.cat([basis, fresh], dim=1).double(), torch.finfo(dtype).eps
+    assert torch.allclose(both.T @ both, torch.eye(15).double(), atol=30 * eps)
+    assert torch.allclose(basis.double() @ coupling + fresh.double() @ growth, new.double(), atol=30 * eps)
+
+
 def test_extend_of_nothing_is_orthonormalize(known):
     y = known(20, 4, [4, 3, 2, 1])
     coupling, fresh, growth = extend(y[:, :0], y)
@@ -44,5 +56,8 @@ def test_extend_of_nothing_is_orthonormalize(known):
 def test_squared_norm_is_accurate_in_any_layout(shape):
     a = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     truth = (a.double().numpy() ** 2).sum(axis=(-2, -1))
-    for layout in (a, a.mT, a.mT.contiguous().mT):
-        assert np.allclose(squared_norm(layout).numpy(), truth, rtol=1e-13, atol=0)
+    # The float32 sums round at random, so their total is good to about 1e-8; float64 to its own rounding.
+    for dtype, rtol in ((torch.float32, 1e-7), (torch.float64, 1e-14)):
+        x = a.to(dtype)
+        for layout in (x, x.mT, x.mT.contiguous().mT):
+            assert np.allclose(squared_norm(layout).numpy(), truth, rtol=rtol, atol=0)

@@ -38,8 +38,9 @@ def frobenius_norm(a: Tensor) -> Tensor:
         >>> float(frobenius_norm(torch.tensor([[3e200, 0.0]], dtype=torch.float64)))  # no overflow
         3e+200
     """
-    _, scale, energy = prepare(a)
-    return energy.sqrt() * scale
+    work, scale, _ = prepare(a)
+    rows = torch.linalg.vector_norm(work, dim=-1, dtype=torch.float64)  # in two steps: shorter sums, less rounding
+    return torch.linalg.vector_norm(rows, dim=-1) * scale
 
 
 def spectral_norm(a: Tensor) -> Tensor:
