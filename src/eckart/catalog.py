@@ -64,10 +64,10 @@ class Method:
 METHODS: tuple[Method, ...] = (
     # linalg
     Method("kronecker-sbl", "linalg", "Bayesian Algorithms for Kronecker-structured Sparse Vector Recovery With Application to IRS-MIMO Channel Estimation", "2307.14719", 2023, "measured", "eckart.linalg.kronecker_sbl:KroneckerSBL"),
-    Method("matrix-sqrt", "linalg", "Fast Differentiable Matrix Square Root (and the T-PAMI extension \"... and Inverse Square Root\")", "2201.08663", 2022),
+    Method("matrix-sqrt", "linalg", "Fast Differentiable Matrix Square Root (and the T-PAMI extension \"... and Inverse Square Root\")", "2201.08663", 2022, "measured", "eckart.linalg.matrix_sqrt:MatrixSqrt"),
     Method("randomized-pivoting", "linalg", "A Unified Perspective on Orthogonalization and Diagonalization (v3+: \"Matrix Factorizations with Uniformly Random Pivoting\")", "2505.02023", 2025, "measured", "eckart.linalg.randomized_pivoting:RandomizedPivoting"),
     Method("rsvddpd", "linalg", "A Robust Scalable Video Surveillance Background Modelling Algorithm", "2109.10680", 2021, "measured", "eckart.linalg.rsvddpd:RSVDDPD"),
-    Method("svd-update", "linalg", "Fast Updating Truncated SVD for Representation Learning with Sparse Matrices", "2401.09703", 2024),
+    Method("svd-update", "linalg", "Fast Updating Truncated SVD for Representation Learning with Sparse Matrices", "2401.09703", 2024, "measured", "eckart.linalg.svd_update:SVDUpdate"),
     # compression
     Method("afm-ctr", "compression", "Unified Low-rank Compression Framework for Click-through Rate Prediction (Atomic Feature Mimicking)", "2405.18146", 2024),
     Method("asvd", "compression", "ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models", "2312.05821", 2023, "measured", "eckart.compression.asvd:ASVD", needs=("absmean",)),
