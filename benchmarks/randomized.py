@@ -102,7 +102,7 @@ def compare(rows: int, columns: int, spectrum: str) -> dict[str, float | str]:
             continue
         contenders = {"eckart": lambda: svd(a, RANK), name: lambda run=run, setting=setting: run(a, *setting)}
         seconds = interleaved(contenders, repeats=repeats, pause=pause)
-        figures |= {f"{title}: ms, {who}": 1000 * median for who, median in medians(seconds).items()}
+        figures |= {f"{title}: ms, {who} (with {name})": 1000 * t for who, t in medians(seconds).items()}
         figures[f"{title}: times faster than {name} (>= 1)"] = 1 / ratio(seconds, "eckart", name)
     return figures
 
