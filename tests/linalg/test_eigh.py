@@ -63,8 +63,9 @@ def test_batch_equals_one_by_one(known_gram):
     result = eigh(batch, 3)
     for i in range(3):
         one = eigh(batch[i], 3)
-        assert torch.equal(result.values[i], one.values)
-        assert torch.equal(result.vectors[i], one.vectors)
+        # Not bit for bit: a matrix of a batch lies elsewhere in memory, and vector code rounds by alignment.
+        assert torch.allclose(result.values[i], one.values, rtol=1e-14)
+        assert torch.allclose(result.vectors[i], one.vectors, rtol=0, atol=1e-13)
 
 
 def test_rounding_asymmetry_is_averaged(known_gram):

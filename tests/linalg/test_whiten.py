@@ -23,7 +23,8 @@ def check(result, gram, *, shrinkage=None):
     )
     # The product S S^-1 is off by eps * cond(S), and cond(S)^2 <= 1 / (n eps).
     condition = float(torch.linalg.cond(result.factor))
-    assert condition**2 <= 1.1 / (n * EPS)
+    # The eigenvalue that is lifted is itself only known to a few eps * l_1, against the n eps * l_1 that are added.
+    assert condition**2 <= (1 + 3 / n) / (n * EPS)
     assert (result.factor @ result.inverse - eye).abs().max() < 20 * n * EPS * condition
     assert (result.inverse @ result.factor - eye).abs().max() < 20 * n * EPS * condition
 
@@ -105,7 +106,9 @@ def test_batch_equals_one_by_one(form, known_gram):
     batch = whiten(torch.stack(grams), form=form)
     single = [whiten(gram, form=form) for gram in grams]
     for i, one in enumerate(single):
-        assert torch.allclose(batch.factor[i], one.factor, rtol=1e-12, atol=1e-14 * float(one.factor.abs().max()))
+        # Of a singular Gram the factor holds square roots of rounding, so its square is compared: see test_eigh.py.
+        squares = [factor @ factor.mT / float(one.factor.abs().max()) ** 2 for factor in (batch.factor[i], one.factor)]
+        assert torch.allclose(*squares, rtol=1e-12, atol=1e-14)
         check(one, grams[i])
     assert batch.shrinkage == pytest.approx(max(one.shrinkage for one in single))
     assert batch.rank == 3
