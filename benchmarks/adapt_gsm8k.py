@@ -1,10 +1,11 @@
 """Every adapter on one job: GSM8K answers, the demo model, equal trained parameters and steps, its best learning rate.
 
 Answer-token loss on a held-out slice of gsm8k-train. The learning rate is chosen among three on another slice, over
-fewer steps. Forgetting is the change of perplexity on WikiText-2's test text. Each row is written as soon as it is
-done and a second call goes on where the first stopped:
+fewer steps. Forgetting is the change of perplexity on WikiText-2's test text. The base is bfloat16, adapters are
+float32; full fine-tuning is float32 throughout. Each row is written as soon as it is done and a second call goes on
+where the first stopped; ``--seeds`` trains rows that are there with further seeds, which also shuffle the examples:
 
-python benchmarks/adapt_gsm8k.py [--only NAME ...] [--smoke] [--draw]
+python benchmarks/adapt_gsm8k.py [--only NAME ...] [--seeds NAME ...] [--smoke] [--draw]
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from eckart.models import linears, peak_memory, perplexity
 from eckart.models.answers import Example, read_examples
 
 LORA_RANK = 8
+LONGEST = 1024
 RATES = (1e-4, 5e-4, 2e-3)
 # Methods that train a few numbers a layer need far larger steps; their papers say so.
 TINY_RATES = (1e-3, 5e-3, 2e-2)
@@ -39,16 +41,18 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "adapt-gsm8k.png"
 class Size:
     """How much work one row is."""
 
-    steps: int = 150
-    search_steps: int = 40
-    batch: int = 4
+    steps: int = 120
+    search_steps: int = 24
+    batch: int = 2
     held_out: int = 96
+    watched: int = 24
+    watch_every: int = 20
     search_held_out: int = 32
-    length: int = 192
+    length: int = 160
     text_windows: int = 8
 
 
-SMOKE = Size(steps=2, search_steps=1, batch=1, held_out=2, search_held_out=2, length=48, text_windows=1)
+SMOKE = Size(2, 1, 1, held_out=2, watched=1, watch_every=1, search_held_out=2, length=48, text_windows=1)
 
 
 @dataclass
@@ -63,8 +67,8 @@ class Job:
     judge: list[Example]
     windows: list[Any]
     results: Path
-    lora_parameters: int = 0
-    names: list[str] = field(default_factory=list)
+    perplexity: float
+    lora_parameters: int
 
 
 def load(
@@ -75,14 +79,17 @@ def load(
     source = source or text("gsm8k-train.jsonl")
     if source is None:
         raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
-    examples = read_examples(source, tokenizer, length=size.length)
+    # Only whole examples: a few problems are longer than a window.
+    examples = [e for e in read_examples(source, tokenizer, length=LONGEST) if len(e["input_ids"]) <= size.length]
     judge, search = examples[-size.held_out :], examples[-size.held_out - size.search_held_out : -size.held_out]
     train = examples[: -size.held_out - size.search_held_out]
     windows = evaluation(tokenizer, samples=size.text_windows)
-    job = Job(size, model, tokenizer, train, search, judge, windows, out or RESULTS / "adapt_gsm8k.json")
-    shapes = [ref.shape for ref in linears(model).linears]
-    job.lora_parameters = LORA_RANK * sum(rows + columns for rows, columns in shapes)
-    return job
+    model.to(torch.bfloat16)
+    before = perplexity(model, windows, progress=False).perplexity
+    of_lora = LORA_RANK * sum(sum(ref.shape) for ref in linears(model).linears)
+    return Job(
+        size, model, tokenizer, train, search, judge, windows, out or RESULTS / "adapt_gsm8k.json", before, of_lora
+    )
 
 
 def rank_for(method: str, job: Job) -> int:
@@ -121,8 +128,30 @@ def of_peft(**options: Any) -> Callable[[Job], Any]:
     return build
 
 
+def lora_ga(job: Job) -> Any:
+    """PEFT's LoRA-GA: the start of the factors from the gradient of eight batches."""
+    from peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+
+    model, collate = copy.deepcopy(job.model), collator(job)
+
+    def gradients() -> None:
+        for start in range(0, 8 * job.size.batch, job.size.batch):
+            model(**collate([dict(e) for e in job.train[start : start + job.size.batch]])).loss.backward()
+
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        target_modules=[ref.name for ref in linears(model).linears],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+        task_type="CAUSAL_LM",
+    )
+    preprocess_loraga(model, config, gradients)
+    return get_peft_model(model, config)
+
+
 def full(job: Job) -> Any:
-    model = copy.deepcopy(job.model)
+    model = copy.deepcopy(job.model).float()
     chosen = {id(ref.module.weight) for ref in linears(model).linears}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
@@ -135,20 +164,29 @@ def contenders() -> dict[str, Callable[[Job], Any]]:
         "rslora": of_peft(use_rslora=True),
         "dora": of_peft(use_dora=True),
         "olora": of_peft(init_lora_weights="olora"),
+        "lora-ga": lora_ga,
         "full fine-tuning": full,
     }
     built = [row.name for row in catalog.select(family="adapters") if row.status != "planned"]
     return rows | {name: ours(name) for name in built}
 
 
-def fit(job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: list[Example]) -> dict[str, Any]:
-    """Train from the start with one learning rate; losses, times, and the model."""
+def collator(job: Job) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
     from transformers import DataCollatorForSeq2Seq
 
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]] = DataCollatorForSeq2Seq(job.tokenizer, padding=True)
+    return collate
+
+
+def fit(
+    job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: list[Example], seed: int = 0
+) -> dict[str, Any]:
+    """Train from the start with one learning rate; losses, times, and the model."""
     from eckart.adapters.train import answer_loss
 
-    collate = DataCollatorForSeq2Seq(job.tokenizer, padding=True)
-    torch.manual_seed(0)
+    collate = collator(job)
+    torch.manual_seed(seed)
+    order = torch.randperm(len(job.train), generator=torch.Generator().manual_seed(seed)).tolist()
     start = time.perf_counter()
     model = build(job)
     initialized = time.perf_counter() - start
@@ -158,8 +196,9 @@ def fit(job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: l
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     losses: list[float] = []
     seconds: list[float] = []
+    watched: dict[int, float] = {}
     for step in range(steps):
-        rows = [dict(job.train[(step * job.size.batch + i) % len(job.train)]) for i in range(job.size.batch)]
+        rows = [dict(job.train[order[(step * job.size.batch + i) % len(order)]]) for i in range(job.size.batch)]
         batch = collate(rows)
         begin = time.perf_counter()
         loss = model(**batch).loss
@@ -172,11 +211,15 @@ def fit(job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: l
             model.base_model.on_step(step + 1, steps)
         seconds.append(time.perf_counter() - begin)
         losses.append(float(loss.detach()))
+        if steps == job.size.steps and (step + 1) % job.size.watch_every == 0:
+            watched[step + 1] = answer_loss(model, judge[: job.size.watched], collate, batch_size=job.size.batch)
+            model.train()
     final = answer_loss(model, judge, collate, batch_size=job.size.batch)
     return {
         "model": model,
         "loss": final,
         "curve": losses,
+        "watched": watched,
         "seconds to initialize": initialized,
         "seconds a step": sorted(seconds)[len(seconds) // 2],
         "trained parameters": sum(p.numel() for p in trained),
@@ -192,20 +235,33 @@ def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
     done = fit(job, build, rate, job.size.steps, job.judge)
     model = done.pop("model")
     after = perplexity(model, job.windows, progress=False).perplexity
-    before = perplexity(job.model, job.windows, progress=False).perplexity
     known = {row.name for row in catalog.select(family="adapters")}
     return {
         **({"method": name} if name in known else {"baseline": name}),
         **done,
         "learning rate": rate,
         "learning rates tried": {str(key): value for key, value in search.items()},
-        "perplexity before": before,
+        "perplexity before": job.perplexity,
         "perplexity after": after,
         "peak memory": peak_memory(),
         "steps": job.size.steps,
         "seed": 0,
         **environment(),
     }
+
+
+def more_seeds(job: Job, name: str, build: Callable[[Job], Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the losses of two more seeds, at its learning rate."""
+    losses = {"0": row["loss"]} | row.get("loss by seed", {})
+    for seed in (1, 2):
+        if str(seed) not in losses:
+            losses[str(seed)] = fit(job, build, row["learning rate"], job.size.steps, job.judge, seed)["loss"]
+    return row | {"loss by seed": losses}
+
+
+def write(path: Path, name: str, row: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"benchmark": "adapt_gsm8k", "rows": rows(path) | {name: row}}, indent=1) + "\n")
 
 
 def rows(path: Path) -> dict[str, Any]:
@@ -238,6 +294,7 @@ def draw(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--seeds", nargs="*", default=[], help="rows to train with two more seeds")
     parser.add_argument("--smoke", action="store_true", help="two steps a row, into a file of its own")
     parser.add_argument("--draw", action="store_true", help="only draw the loss curves")
     options = parser.parse_args()
@@ -246,15 +303,16 @@ def main() -> None:
         return
     out = RESULTS.parent / "cache" / "adapt_gsm8k_smoke.json" if options.smoke else None
     job = load(SMOKE if options.smoke else Size(), out=out)
+    for name in options.seeds:
+        write(job.results, name, more_seeds(job, name, contenders()[name], rows(job.results)[name]))
+    if options.seeds:
+        return
     for name, build in contenders().items():
         if (options.only and name not in options.only) or name in rows(job.results):
             continue
         print(f"--- {name}", flush=True)
         row = run(job, name, build)
-        job.results.parent.mkdir(exist_ok=True)
-        job.results.write_text(
-            json.dumps({"benchmark": "adapt_gsm8k", "rows": rows(job.results) | {name: row}}, indent=1) + "\n"
-        )
+        write(job.results, name, row)
         print(f"{name}: loss {row['loss']:.4f}, {row['trained parameters']:,} trained", flush=True)
 
 

@@ -34,7 +34,7 @@ def job(tmp_path, monkeypatch):
 def test_every_built_adapter_and_the_baselines_are_contenders(job):
     module, _ = job
     built = {row.name for row in catalog.select(family="adapters") if row.status != "planned"}
-    assert built | {"lora", "rslora", "dora", "olora", "full fine-tuning"} == set(module.contenders())
+    assert built | {"lora", "rslora", "dora", "olora", "lora-ga", "full fine-tuning"} == set(module.contenders())
 
 
 def test_every_row_can_be_measured(job):
@@ -43,9 +43,11 @@ def test_every_row_can_be_measured(job):
         row = module.run(made, name, build)
         assert row["loss"] > 0, name
         assert len(row["curve"]) == made.size.steps
+        assert list(row["watched"]) == [1, 2]
         assert row["trained parameters"] > 0
         assert row["perplexity after"] > 0
         assert row.get("method", row.get("baseline")) == name
+    assert set(module.more_seeds(made, name, build, row)["loss by seed"]) == {"0", "1", "2"}
 
 
 def test_the_rank_makes_the_counts_equal_where_the_method_allows_it(job):

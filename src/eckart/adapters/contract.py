@@ -12,13 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.calibrate import Statistics
 from .site import Site, SiteKind
+
+if TYPE_CHECKING:
+    from .coordinator import Coordinator
 
 __all__ = ["Adapter", "AdapterMethod"]
 
@@ -82,6 +85,28 @@ class Adapter(nn.Module, ABC):
     def on_step(self, step: int, total: int) -> None:
         """Called after every optimizer step: ``step`` of ``total``, the first one is 1. Nothing to do for most."""
 
+    def truncate(self, rank: int) -> None:
+        """Keep the leading ``rank`` components, where a method has trained them to stand alone.
+
+        Raises:
+            ValueError: The method has no such order.
+        """
+        raise ValueError(f"{self.site.name}: only a method that trains nested ranks, such as dylora, can be truncated")
+
+    def share(self, owner: Adapter, *names: str) -> None:
+        """Use the tensors of these names of another adapter in place of its own.
+
+        They stay registered with ``owner`` only, so they are trained, counted and saved once. It is the adapter that
+        is remembered, not the tensors: loading may replace those.
+        """
+        for name in names:
+            delattr(self, name)
+        self.__dict__.setdefault("_owners", {}).update(dict.fromkeys(names, owner))
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self.__dict__.get("_owners", {}).get(name)
+        return super().__getattr__(name) if owner is None else getattr(owner, name)
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """(left (out, k), right (k, in)) with Δ = left @ right exactly, or None where Δ has no small rank."""
         return None
@@ -114,10 +139,12 @@ class AdapterMethod(ABC):
     Attributes:
         needs: Calibration statistics that `Adapter.initialize` wants, from `eckart.models.calibrate.NEEDS`.
         kinds: Kinds of site it is defined for.
+        mergeable: Whether the adapted layer is a linear map with one weight; if not, `Adapter.delta` raises.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
+    mergeable: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, site: Site, rank: int, scale: float) -> Adapter:
@@ -159,4 +186,21 @@ class AdapterMethod(ABC):
             rank: r of the configuration.
             weight: Gives the base weight (out, in) float32 of a site by its name.
         """
+        return None
+
+    def configure(self, model: nn.Module, config: Any) -> None:  # noqa: B027  # most have nothing to say
+        """Fill in what the method decides for the whole model, such as ``config.modules_to_save``; mostly nothing.
+
+        Asked before anything is planned, not for an adapter that is loaded.
+        """
+
+    def link(self, adapters: Mapping[str, Adapter]) -> None:  # noqa: B027
+        """Let adapters share tensors, by `Adapter.share`; called once all are built, before they have values."""
+
+    def total_trainable(self, sites: Mapping[str, Site], ranks: Mapping[str, int]) -> int:
+        """Trained numbers of all sites together: fewer than the sum of `trainable` where `link` shares tensors."""
+        return sum(self.trainable(site, ranks[name]) for name, site in sites.items())
+
+    def coordinate(self, adapters: Mapping[str, Adapter], seed: int) -> Coordinator | None:
+        """What the adapters do together, or None where they are independent."""
         return None

@@ -21,6 +21,7 @@ from ..models.parallel import parallel_map
 from ..models.select import linears, nearest
 from .config import EckartConfig
 from .contract import Adapter, AdapterMethod
+from .coordinator import Coordinator
 from .fingerprint import check_fingerprints, fingerprint
 from .layer import EckartLayer, base_weight, layer_name
 from .site import Site, site_of
@@ -46,9 +47,15 @@ class EckartModel(BaseTuner):
         try:
             self.__dict__["_pending"] = self._plan(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if "_penalty_hook" not in self.__dict__:
+            coordinator = config.build_method().coordinate(self.__dict__["_pending"], config.seed)
+            if coordinator is not None:
+                self.__dict__.setdefault("_coordinators", {})[adapter_name] = coordinator
+            if "_hooks" not in self.__dict__:
                 # On the model itself: PEFT calls it past the tuner unless a task type is given.
-                self.__dict__["_penalty_hook"] = self.model.register_forward_hook(self._add_penalty, with_kwargs=True)
+                self.__dict__["_hooks"] = [
+                    self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                    self.model.register_forward_hook(self._add_penalty, with_kwargs=True),
+                ]
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -57,13 +64,55 @@ class EckartModel(BaseTuner):
 
     def penalty(self) -> Tensor | None:
         """Sum of the penalties of the active adapters, for loops that compute their own loss."""
-        terms = [term for adapter in self._active() if (term := adapter.penalty()) is not None]
+        sources: list[Adapter | Coordinator] = [*self._active(), *self.coordinators().values()]
+        terms = [term for source in sources if (term := source.penalty()) is not None]
         return torch.stack(terms).sum() if terms else None
 
     def on_step(self, step: int, total: int) -> None:
-        """Tell the active adapters that optimizer step ``step`` of ``total`` is done; the first step is 1."""
-        for adapter in self._active():
-            adapter.on_step(step, total)
+        """Tell the active adapters that optimizer step ``step`` of ``total`` is done; the first step is 1.
+
+        To be called after ``optimizer.step()`` and before ``zero_grad()``: some methods read the gradients.
+        """
+        with torch.no_grad():
+            for adapter in self._active():
+                adapter.on_step(step, total)
+            for coordinator in self.coordinators().values():
+                coordinator.on_step(step, total)
+                coordinator.counted()
+
+    def coordinators(self) -> dict[str, Coordinator]:
+        """What the active adapters do together, by adapter name, for those that do."""
+        found: dict[str, Coordinator] = self.__dict__.get("_coordinators", {})
+        return {name: value for name, value in found.items() if name in self.active_adapters}
+
+    def truncate(self, rank: int, adapter_name: str = "default") -> None:
+        """Keep the leading ``rank`` components of an adapter whose method trains nested ranks.
+
+        Raises:
+            ValueError: No such adapter, a rank below 1 or above the present one, or a method without that order.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}; there is {', '.join(self.peft_config)}")
+        config: Any = self.peft_config[adapter_name]
+        if not 1 <= rank <= config.r:
+            raise ValueError(f"rank must be 1 to {config.r}, not {rank}")
+        layers = [module for module in self.model.modules() if isinstance(module, EckartLayer)]
+        for adapter in [adapter for layer in layers for adapter in layer.adapters([adapter_name])]:
+            adapter.truncate(rank)
+        config.alpha = float(config.r) if config.alpha is None else config.alpha  # so that alpha / r follows the rank
+        config.r = rank
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter off every layer."""
+        super().delete_adapter(adapter_name)
+        self.__dict__.get("_coordinators", {}).pop(adapter_name, None)
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for coordinator in self.coordinators().values():
+            if module.training:
+                coordinator.check_counted()
+            coordinator.before_forward(kwargs, module.training)
+        return args, kwargs
 
     def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Adds the penalties to the loss in the model's own output while it is trained.
@@ -74,6 +123,9 @@ class EckartModel(BaseTuner):
         if not (module.training and torch.is_grad_enabled()):
             return output
         loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is not None:
+            for coordinator in self.coordinators().values():
+                coordinator.observe(loss.detach())
         penalty = self.penalty() if loss is not None else None
         if loss is not None and penalty is not None:
             items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
@@ -83,8 +135,7 @@ class EckartModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        handle = self.__dict__.pop("_penalty_hook", None)
-        if handle is not None:
+        for handle in self.__dict__.pop("_hooks", ()):
             handle.remove()
         return model
 
@@ -98,6 +149,8 @@ class EckartModel(BaseTuner):
     def _plan(self, model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
         """The adapter of each target by module name, with its values unless they come from a file."""
         method = config.build_method()
+        if not config.initialized:
+            method.configure(model, config)
         if config.target_modules is None:
             config.target_modules = {layer_name(ref.name) for ref in linears(model).linears}  # type: ignore[assignment]
         _maybe_include_all_linear_layers(config, model)
@@ -201,12 +254,15 @@ def _initialized(
     statistics: dict[str, Statistics],
     quantization: dict[str, Any],
 ) -> dict[str, Adapter]:
-    def make(name: str) -> Adapter:
-        site, rank = sites[name], config.rank_of(name)
-        adapter = method.build(site, rank, config.scale_of(rank))
-        expected = method.trainable(site, rank)
-        if adapter.num_trainable() != expected:
-            raise RuntimeError(f"{config.method} trains {adapter.num_trainable()} numbers at {name}, not {expected}")
+    ranks = {name: config.rank_of(name) for name in sites}
+    built = {name: method.build(site, ranks[name], config.scale_of(ranks[name])) for name, site in sites.items()}
+    method.link(built)
+    trained, expected = sum(a.num_trainable() for a in built.values()), method.total_trainable(sites, ranks)
+    if trained != expected:
+        raise RuntimeError(f"{config.method} trains {trained} numbers, not {expected}")
+
+    def fill(name: str) -> Adapter:
+        site, adapter = sites[name], built[name]
         adapter.register_buffer("fingerprint", torch.zeros(2))
         if not config.initialized:
             weight = _readable(site, layers[name], quantization)
@@ -223,7 +279,7 @@ def _initialized(
 
     names = list(sites)
     with torch.no_grad():
-        return dict(zip(names, parallel_map(_without_gradients(make), names, cost=cost), strict=True))
+        return dict(zip(names, parallel_map(_without_gradients(fill), names, cost=cost), strict=True))
 
 
 def _without_gradients(function: Callable[[str], Adapter]) -> Callable[[str], Adapter]:
