@@ -31,9 +31,10 @@ from eckart.models.answers import Example, read_examples
 
 LORA_RANK = 8
 LONGEST = 1024
-RATES = (1e-4, 5e-4, 2e-3)
-# Methods that train a few numbers a layer need far larger steps; their papers say so.
-TINY_RATES = (1e-3, 5e-3, 2e-2)
+RATES = (5e-4, 1.5e-3, 5e-3)
+# Methods that train a few numbers a layer need far larger steps; their papers say so. Whole weights need smaller ones.
+TINY_RATES = (1.5e-3, 5e-3, 1.5e-2)
+FULL_RATES = (3e-5, 1e-4, 3e-4)
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "adapt-gsm8k.png"
 
 
@@ -229,7 +230,7 @@ def fit(
 def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
     """One row of the table."""
     probe = sum(p.numel() for p in build(job).parameters() if p.requires_grad)
-    rates = TINY_RATES if probe < job.lora_parameters / 4 else RATES
+    rates = TINY_RATES if probe < job.lora_parameters / 4 else FULL_RATES if probe > job.lora_parameters * 4 else RATES
     search = {rate: fit(job, build, rate, job.size.search_steps, job.search)["loss"] for rate in rates}
     rate = min(search, key=lambda r: (search[r] != search[r], search[r]))  # NaN is never the best
     done = fit(job, build, rate, job.size.steps, job.judge)

@@ -74,13 +74,15 @@ def adapt(
     if where is not None:
         if "target_modules" in settings:
             raise ValueError("give either where or target_modules, not both")
-        settings["target_modules"] = [layer_name(ref.name) for ref in linears(_inner(model), where).linears]
+        settings["target_modules"] = [
+            layer_name(ref.name) for ref in linears(_inner(model), where, quantized=True).linears
+        ]
     config = EckartConfig(method=method, r=rank, alpha=alpha, options=options or {}, seed=seed, **settings)
     needs = config.build_method().needs
     if needs:
         if data is None:
             raise ValueError(f"{config.method} starts from data; give data=, an iterable of batches")
-        found = calibrate(_inner(model), data, needs, where=where, progress=progress)
+        found = calibrate(_inner(model), data, needs, where=where, progress=progress, quantized=True)
         # Not a field: it does not belong into a file.
         config.__dict__["statistics"] = {layer_name(name): entry for name, entry in found.items()}
     try:

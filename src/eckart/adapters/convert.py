@@ -22,7 +22,7 @@ from .pissa import split_evenly
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["Conversion", "lora_factors", "to_lora"]
+__all__ = ["Conversion", "best_factors", "lora_factors", "to_lora"]
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,34 @@ def lora_factors(adapter: Adapter, weight: Tensor, rank: int | None = None) -> t
         (torch.Size([8, 4]), torch.Size([4, 6]), True)
     """
     with torch.no_grad():
-        factors = adapter.low_rank()
-        if factors is not None and factors[0].shape[1] < adapter.site.largest_rank:
-            left, right = (factor.double() for factor in factors)
-            outer, inner = qr(left), qr(right.mT)
-            core = svd(outer.r @ inner.r.mT, driver="exact")
-            u, s, vh = outer.q @ core.u, core.s, core.vh @ inner.q.mT
-        else:
-            u, s, vh, _ = svd(adapter.delta(weight).double(), driver="exact")
-        kept = s.shape[0] if rank is None else min(rank, s.shape[0])
-        b, a = split_evenly(u[:, :kept], s[:kept], vh[:kept])
-        size = float(s.square().sum().sqrt())
-        lost = float(s[kept:].square().sum().sqrt())
+        return best_factors(adapter.low_rank() or adapter.delta(weight), rank)
+
+
+def best_factors(delta: Tensor | tuple[Tensor, Tensor], rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+    """B (out, r) and A (r, in) with B A nearest to Δ, and the relative error made.
+
+    Args:
+        delta: Δ (out, in), or left (out, k) and right (k, in) with Δ = left right, for which no dense SVD is needed.
+        rank: r; None for the smallest that makes no error: k, or min(out, in).
+
+    Example:
+        >>> left, right = torch.ones(3, 1), torch.ones(1, 2)
+        >>> b, a, error = best_factors((left, right))
+        >>> torch.allclose(b @ a, torch.ones(3, 2)), error
+        (True, 0.0)
+    """
+    if isinstance(delta, tuple) and delta[0].shape[1] >= min(delta[0].shape[0], delta[1].shape[1]):
+        delta = delta[0].double() @ delta[1].double()
+    if isinstance(delta, tuple):
+        left, right = (factor.double() for factor in delta)
+        outer, inner = qr(left), qr(right.mT)
+        core = svd(outer.r @ inner.r.mT, driver="exact")
+        u, s, vh = outer.q @ core.u, core.s, core.vh @ inner.q.mT
+    else:
+        u, s, vh, _ = svd(delta.double(), driver="exact")
+    kept = s.shape[0] if rank is None else min(rank, s.shape[0])
+    b, a = split_evenly(u[:, :kept], s[:kept], vh[:kept])
+    size, lost = float(s.square().sum().sqrt()), float(s[kept:].square().sum().sqrt())
     return b.float(), a.float(), lost / size if size > 0 else 0.0
 
 

@@ -46,6 +46,9 @@ class Coordinator:
     def observe(self, loss: Tensor) -> None:
         """Given the loss of each training forward pass, before the penalties are added."""
 
+    def observe_output(self, output: Any, kwargs: dict[str, Any]) -> None:
+        """Given the output of each training forward pass and what the model was called with, before `penalty`."""
+
     def penalty(self) -> Tensor | None:
         """A term that is added to the loss, or None."""
         return None

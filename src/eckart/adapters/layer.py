@@ -15,7 +15,7 @@ from ..structures import Structure
 from .contract import Adapter
 from .site import Site
 
-__all__ = ["EckartLayer", "base_weight", "layer_name"]
+__all__ = ["EckartLayer", "base_weight", "layer_name", "repacked"]
 
 
 def layer_name(name: str) -> str:
@@ -37,6 +37,8 @@ def base_weight(site: Site, layer: EckartLayer | nn.Module) -> Tensor:
     module = layer.get_base_layer() if isinstance(layer, EckartLayer) else layer
     if isinstance(module, Structure):
         return module.dense().detach().to(torch.float32)
+    if repacked(module):
+        return _read_through(site, module)
     backend = getattr(layer, "quantization_backend", None)
     try:
         weight = backend.get_base_weight(module) if backend is not None else module.get_parameter("weight")
@@ -48,6 +50,25 @@ def base_weight(site: Site, layer: EckartLayer | nn.Module) -> Tensor:
     if site.kind == "embedding" or linear_kind(module) == "conv1d":
         weight = weight.mT
     return weight.reshape(site.out_features, site.in_features).to(torch.float32)
+
+
+def repacked(module: nn.Module) -> bool:
+    """Whether bitsandbytes has reordered the four-bit weight of a module for inference on the processor."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+@torch.no_grad()
+def _read_through(site: Site, module: nn.Module) -> Tensor:
+    """W of a linear module from what it does to the unit vectors.
+
+    bitsandbytes reorders four-bit weights for the processor at their first use in evaluation, and its own routine for
+    reading a weight, which PEFT calls, then returns the entries in that order.
+    """
+    unit = torch.eye(site.in_features, device=module.get_parameter("weight").device)
+    offset = module.bias if isinstance(module.bias, Tensor) else torch.zeros((), device=unit.device)
+    weight: Tensor = module(unit).to(torch.float32) - offset.to(torch.float32)
+    return weight.mT.contiguous()
 
 
 class EckartLayer(nn.Module, BaseTunerLayer):
@@ -82,6 +103,14 @@ class EckartLayer(nn.Module, BaseTunerLayer):
         wanted = self.active_adapters if names is None else names
         found = [self.eckart_adapters[name] for name in wanted if name in self.eckart_adapters]
         return [adapter for adapter in found if isinstance(adapter, Adapter)]
+
+    def train(self, mode: bool = True) -> EckartLayer:
+        """As for any module, but a four-bit base under an adapter in training is kept from reordering its weights."""
+        super().train(mode)
+        base = self.get_base_layer()
+        if hasattr(getattr(base, "weight", None), "quant_state"):
+            base.training = mode or any(p.requires_grad for p in self.eckart_adapters.parameters())
+        return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Its device only: PEFT's own also takes over the dtype, which would round what is frozen to half precision."""
@@ -137,7 +166,7 @@ class EckartLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"merging {', '.join(names)} into {self.site.name} gives NaN or Inf; nothing was changed")
         if self._original is None:
             self._original = self.get_base_weight().clone()
-        self.set_base_weight(self._as_stored(weight))
+        self.set_base_weight(self.as_stored(weight))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -165,9 +194,10 @@ class EckartLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Δ of one adapter, in the layout of the stored weight."""
         (adapter,) = self.adapters([adapter_name])
-        return self._as_stored(adapter.delta(base_weight(self.site, self)))
+        return self.as_stored(adapter.delta(base_weight(self.site, self)))
 
-    def _as_stored(self, weight: Tensor) -> Tensor:
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight (out, in) in the layout and dtype of the stored one."""
         stored = self.get_base_weight()
         if self.site.kind == "embedding" or linear_kind(self.get_base_layer()) == "conv1d":
             weight = weight.mT

@@ -59,7 +59,7 @@ class LoRAXS(AdapterMethod):
             both) or "none". The gradient of R scales with them, direction by direction. Not for "random".
         sigma: Standard deviation of R at the start. With 0 the layer starts exactly as it was, and trains as well.
         solver: How the r leading triplets are found: "auto" (randomized where it pays, within 1 % of the best error),
-            "randomized", or "exact".
+            "randomized", "lanczos" (to rounding, half the time of "exact"), or "exact".
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)

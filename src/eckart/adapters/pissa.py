@@ -25,7 +25,7 @@ from .site import Site, SiteKind
 
 __all__ = ["PiSSA", "split_evenly"]
 
-Solver = Literal["auto", "exact", "randomized"]
+Solver = Literal["auto", "exact", "lanczos", "randomized"]
 
 
 def split_evenly(u: Tensor, s: Tensor, vh: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,8 @@ class PiSSA(AdapterMethod):
 
     Attributes:
         solver: How the r leading triplets are found: "auto" (randomized where it pays, within 1 % of the best error),
-            "randomized", or "exact". The start is exact with any of them: only the split differs.
+            "randomized", "lanczos" (to rounding, half the time of "exact"), or "exact". The start is exact with any of
+            them: only the split differs.
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)

@@ -63,7 +63,8 @@ class SORSA(AdapterMethod):
             all L adapted layers by gamma / eta, eta being the highest learning rate: that is gamma / (eta L) here. The
             default is its setting for LLaMA-2-7B: gamma 4e-4, eta 3e-5, L = 224.
         solver: How the r leading triplets are found: "auto" (randomized where it pays, within 1 % of the best error),
-            "randomized", or "exact". The start is exact with any of them: only the split differs.
+            "randomized", "lanczos" (to rounding, half the time of "exact"), or "exact". The start is exact with any of
+            them: only the split differs.
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)

@@ -43,7 +43,7 @@ class SpectralFT(AdapterMethod):
         keep_minor: Whether W_m stays. Without it, as in the released code, the layer starts as the best approximation
             of rank k of itself.
         solver: How the k leading triplets are found: "auto" (randomized where it pays, within 1 % of the best error),
-            "randomized", or "exact".
+            "randomized", "lanczos" (to rounding, half the time of "exact"), or "exact".
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)

@@ -46,7 +46,7 @@ class SVFit(AdapterMethod):
             z / s_r - 1. The start is the same. Weight decay pulls z to 0 with "value", and to s_r with the others. A
             step is as large in every direction with the first two, and in proportion to s with the third.
         solver: How the r leading triplets are found: "auto" (randomized where it pays, within 1 % of the best error),
-            "randomized", or "exact".
+            "randomized", "lanczos" (to rounding, half the time of "exact"), or "exact".
 
     Example:
         >>> site = Site("layer", "linear", 4, 4)

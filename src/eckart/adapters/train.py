@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..models.answers import Example
 from ..models.evaluate import peak_memory
+from ..models.groups import evaluating
 from .callback import EckartCallback
 
 if TYPE_CHECKING:
@@ -98,18 +99,15 @@ class Trained:
 
 def answer_loss(model: Any, examples: Sequence[Example], collate: Any, *, batch_size: int = 4) -> float:
     """Mean loss over all learnt tokens of the examples, penalties left out."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = collate([dict(example) for example in examples[start : start + batch_size]])
             batch = {key: value.to(device) for key, value in batch.items()}
             learnt = int(batch["labels"][:, 1:].ne(-100).sum())
             total += float(model(**batch).loss) * learnt
             count += learnt
-    model.train(was_training)
     return total / max(count, 1)
 
 

@@ -6,6 +6,7 @@ there, and the initial tensors of all of them, several matrices at a time. A fai
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,12 @@ from ..linalg import all_finite
 from ..models.calibrate import Statistics
 from ..models.parallel import parallel_map
 from ..models.select import linears, nearest
+from .combine import add_weighted_adapter
 from .config import EckartConfig
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
 from .fingerprint import check_fingerprints, fingerprint
-from .layer import EckartLayer, base_weight, layer_name
+from .layer import EckartLayer, base_weight, layer_name, repacked
 from .site import Site, site_of
 
 __all__ = ["EckartModel"]
@@ -102,6 +104,39 @@ class EckartModel(BaseTuner):
         config.alpha = float(config.r) if config.alpha is None else config.alpha  # so that alpha / r follows the rank
         config.r = rank
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> dict[str, float]:
+        """A new adapter whose update is the weighted sum of others', as PEFT's LoRA has it.
+
+        Args:
+            adapters: Names.
+            weights: One for each.
+            adapter_name: Of the new one.
+            combination_type: "cat" for the exact sum, "svd" for the best of rank ``svd_rank``.
+            svd_rank: For "svd"; None for the largest rank among the adapters.
+
+        Returns:
+            Relative error of the sum at each layer.
+
+        Raises:
+            ValueError: See `eckart.adapters.combine.add_weighted_adapter`; or another combination.
+        """
+        if combination_type not in ("cat", "svd"):
+            raise ValueError(f"combination_type must be 'cat' or 'svd', not {combination_type!r}")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights")
+        rank = None
+        if combination_type == "svd":
+            configs: list[Any] = [self.peft_config[name] for name in adapters if name in self.peft_config]
+            rank = max((one.r for one in configs), default=1) if svd_rank is None else svd_rank
+        return add_weighted_adapter(self, dict(zip(adapters, weights, strict=True)), adapter_name, rank=rank)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Take one adapter off every layer."""
         super().delete_adapter(adapter_name)
@@ -122,6 +157,8 @@ class EckartModel(BaseTuner):
         """
         if not (module.training and torch.is_grad_enabled()):
             return output
+        for coordinator in self.coordinators().values():
+            coordinator.observe_output(output, kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None:
             for coordinator in self.coordinators().values():
@@ -152,7 +189,7 @@ class EckartModel(BaseTuner):
         if not config.initialized:
             method.configure(model, config)
         if config.target_modules is None:
-            config.target_modules = {layer_name(ref.name) for ref in linears(model).linears}  # type: ignore[assignment]
+            config.target_modules = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}  # type: ignore[assignment]
         _maybe_include_all_linear_layers(config, model)
         layers = _targets(model, config)
         sites: dict[str, Site] = {}
@@ -164,6 +201,12 @@ class EckartModel(BaseTuner):
             if problem:
                 raise ValueError(f"{config.method} cannot adapt {name}: it {problem}")
             sites[name] = site
+        if not config.inference_mode and any(repacked(layer) for layer in layers.values()):
+            warnings.warn(
+                "bitsandbytes has reordered the four-bit weights for inference, since the model was run in evaluation "
+                "mode; it passes no gradients through them: load the base again before training",
+                stacklevel=2,
+            )
         statistics: dict[str, Statistics] = config.__dict__.get("statistics") or {}
         if method.needs and not config.initialized and not sites.keys() <= statistics.keys():
             raise ValueError(

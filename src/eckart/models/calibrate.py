@@ -198,6 +198,7 @@ def calibrate(
     *,
     where: Where | None = None,
     progress: bool = True,
+    quantized: bool = False,
 ) -> dict[str, Statistics]:
     """Gather the named statistics for every selected linear of a model that fits in memory.
 
@@ -210,6 +211,7 @@ def calibrate(
         needs: what to gather, see `NEEDS`; those in `SEQUENTIAL` exist only while compressing.
         where: which linears, as in `eckart.models.linears`.
         progress: show a bar with the time left.
+        quantized: whether to look at linears whose weights are stored in few bits too; not for "fisher".
 
     Returns:
         Linear's name -> its statistics, shared by those that share an input.
@@ -234,7 +236,7 @@ def calibrate(
             f"cannot calibrate {', '.join(sorted(unknown or wanted & SEQUENTIAL))}: "
             f"choose from {', '.join(sorted(NEEDS - SEQUENTIAL))}"
         )
-    selection = linears(model, where)
+    selection = linears(model, where, quantized=quantized and "fisher" not in wanted)
     batches = as_batches(data)
     information: dict[str, Statistics] = {}
     if "fisher" in wanted:

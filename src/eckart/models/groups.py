@@ -74,10 +74,17 @@ def input_groups(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and afterwards every module back into the mode that it was in."""
+    """Put the model into eval mode, and afterwards every module back into the mode that it was in.
+
+    Four-bit layers of bitsandbytes stay as they are: at their first use in evaluation on a processor they reorder their
+    weights for good, and pass no gradients from then on.
+    """
     # By name: holding the modules would keep every layer that is replaced meanwhile in memory.
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
+    for module in model.modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.training = True
     try:
         yield
     finally:

@@ -39,11 +39,12 @@ def linear_kind(module: nn.Module) -> Kind | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def untreatable(module: nn.Module) -> str | None:
+def untreatable(module: nn.Module, *, quantized: bool = False) -> str | None:
     """Say why a linear module cannot be replaced by a factored one, or None if it can.
 
     Args:
         module: a module for which :func:`linear_kind` is not None.
+        quantized: whether a weight stored in few bits will do, as it does for what is only added to the layer.
 
     Returns:
         The reason, as the end of the sentence "left alone: ...".
@@ -61,7 +62,7 @@ def untreatable(module: nn.Module) -> str | None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"stored as {weight.dtype}; dequantize the model first"
+        return None if quantized else f"stored as {weight.dtype}; dequantize the model first"
     if isinstance(module, nn.Linear) and not _is_plain(type(module).forward):
         return f"{type(module).__name__} computes more than a linear map"
     return None

@@ -105,7 +105,7 @@ class Selection:
     skipped: list[Skipped]
 
 
-def linears(model: nn.Module, where: Where | None = None) -> Selection:
+def linears(model: nn.Module, where: Where | None = None, *, quantized: bool = False) -> Selection:
     """Select weight matrices of a model.
 
     Args:
@@ -114,6 +114,7 @@ def linears(model: nn.Module, where: Where | None = None) -> Selection:
             A string is a glob over full names or their last parts (``"*.q_proj"``, ``"q_proj"``,
             ``"layers.0.*"``), or after ``re:`` a regular expression to be found in the full name. A function
             of (name, module) is asked about every linear map. A list takes what any of its items takes.
+        quantized: whether to take weights stored in few bits too, for what leaves them as they are.
 
     Returns:
         The linear maps and, separately, everything in the same range that cannot be treated: tied weights,
@@ -144,7 +145,7 @@ def linears(model: nn.Module, where: Where | None = None) -> Selection:
             continue
         kind = linear_kind(module)
         assert kind is not None
-        reason = untreatable(module) or _tied(name, module, names_of)
+        reason = untreatable(module, quantized=quantized) or _tied(name, module, names_of)
         if reason is None:
             taken.append(LinearRef(name, module, kind))
         else:
