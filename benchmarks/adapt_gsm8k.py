@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapter_job import add_row, built, each_in_its_process, lora_parameters, rank_for, rows
 from common import RESULTS, environment
 from language_model import demo, evaluation, text
 
-from eckart import adapt, catalog
+from eckart import adapt
 from eckart.adapters.config import EckartConfig
-from eckart.adapters.site import site_of
 from eckart.models import linears, peak_memory, perplexity
 from eckart.models.answers import Example, read_examples
 
@@ -87,24 +86,10 @@ def load(
     windows = evaluation(tokenizer, samples=size.text_windows)
     model.to(torch.bfloat16)
     before = perplexity(model, windows, progress=False).perplexity
-    of_lora = LORA_RANK * sum(sum(ref.shape) for ref in linears(model).linears)
+    of_lora = lora_parameters(model, LORA_RANK)
     return Job(
         size, model, tokenizer, train, search, judge, windows, out or RESULTS / "adapt_gsm8k.json", before, of_lora
     )
-
-
-def rank_for(method: str, job: Job) -> int:
-    """The rank whose trained parameters are nearest to those of LoRA, over all layers together."""
-    rule = EckartConfig(method=method).build_method()
-    sites = [site_of(ref.name, ref.module) for ref in linears(job.model).linears]
-    smallest = min(site.largest_rank for site in sites)
-
-    def distance(rank: int) -> float:
-        if any(rule.check(site, rank) for site in sites):
-            return float("inf")
-        return abs(sum(rule.trainable(site, rank) for site in sites) - job.lora_parameters)
-
-    return min(range(1, smallest + 1), key=distance)
 
 
 def ours(method: str) -> Callable[[Job], Any]:
@@ -112,7 +97,12 @@ def ours(method: str) -> Callable[[Job], Any]:
         needs = EckartConfig(method=method).build_method().needs
         data = [{"input_ids": torch.tensor([e["input_ids"]])} for e in job.train[:32]] if needs else None
         return adapt(
-            copy.deepcopy(job.model), method, rank_for(method, job), data=data, progress=False, task_type="CAUSAL_LM"
+            copy.deepcopy(job.model),
+            method,
+            rank_for(method, job.model, job.lora_parameters),
+            data=data,
+            progress=False,
+            task_type="CAUSAL_LM",
         )
 
     return build
@@ -160,7 +150,7 @@ def full(job: Job) -> Any:
 
 
 def contenders() -> dict[str, Callable[[Job], Any]]:
-    rows: dict[str, Callable[[Job], Any]] = {
+    baselines: dict[str, Callable[[Job], Any]] = {
         "lora": of_peft(),
         "rslora": of_peft(use_rslora=True),
         "dora": of_peft(use_dora=True),
@@ -168,8 +158,7 @@ def contenders() -> dict[str, Callable[[Job], Any]]:
         "lora-ga": lora_ga,
         "full fine-tuning": full,
     }
-    built = [row.name for row in catalog.select(family="adapters") if row.status != "planned"]
-    return rows | {name: ours(name) for name in built}
+    return baselines | {name: ours(name) for name in built()}
 
 
 def collator(job: Job) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
@@ -236,9 +225,8 @@ def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
     done = fit(job, build, rate, job.size.steps, job.judge)
     model = done.pop("model")
     after = perplexity(model, job.windows, progress=False).perplexity
-    known = {row.name for row in catalog.select(family="adapters")}
     return {
-        **({"method": name} if name in known else {"baseline": name}),
+        "method" if name in built() else "baseline": name,
         **done,
         "learning rate": rate,
         "learning rates tried": {str(key): value for key, value in search.items()},
@@ -258,16 +246,6 @@ def more_seeds(job: Job, name: str, build: Callable[[Job], Any], row: dict[str, 
         if str(seed) not in losses:
             losses[str(seed)] = fit(job, build, row["learning rate"], job.size.steps, job.judge, seed)["loss"]
     return row | {"loss by seed": losses}
-
-
-def write(path: Path, name: str, row: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"benchmark": "adapt_gsm8k", "rows": rows(path) | {name: row}}, indent=1) + "\n")
-
-
-def rows(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return found
 
 
 def draw(path: Path) -> None:
@@ -302,18 +280,16 @@ def main() -> None:
     if options.draw:
         draw(RESULTS / "adapt_gsm8k.json")
         return
-    out = RESULTS.parent / "cache" / "adapt_gsm8k_smoke.json" if options.smoke else None
-    job = load(SMOKE if options.smoke else Size(), out=out)
-    for name in options.seeds:
-        write(job.results, name, more_seeds(job, name, contenders()[name], rows(job.results)[name]))
-    if options.seeds:
+    path = RESULTS.parent / "cache" / "adapt_gsm8k_smoke.json" if options.smoke else RESULTS / "adapt_gsm8k.json"
+    if not (options.only or options.seeds):
+        each_in_its_process(__file__, contenders(), path, *(["--smoke"] if options.smoke else []))
         return
-    for name, build in contenders().items():
-        if (options.only and name not in options.only) or name in rows(job.results):
-            continue
-        print(f"--- {name}", flush=True)
-        row = run(job, name, build)
-        write(job.results, name, row)
+    job = load(SMOKE if options.smoke else Size(), out=path)
+    for name in options.seeds:
+        add_row(path, name, more_seeds(job, name, contenders()[name], rows(path)[name]))
+    for name in options.only:
+        row = run(job, name, contenders()[name])
+        add_row(path, name, row)
         print(f"{name}: loss {row['loss']:.4f}, {row['trained parameters']:,} trained", flush=True)
 
 

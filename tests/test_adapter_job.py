@@ -1,4 +1,4 @@
-"""The job that compares adapters runs for every row, in its smallest size, and goes on where it stopped."""
+"""The jobs that compare adapters run for every row, in their smallest size, and go on where they stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertModel
 
 import tiny_checkpoints
 from eckart import catalog
@@ -27,7 +28,27 @@ def job(tmp_path, monkeypatch):
         adapt_gsm8k.SMOKE, model, tiny_checkpoints.tokenizer(), source=source, out=tmp_path / "rows.json"
     )
     yield adapt_gsm8k, made
-    for name in ("adapt_gsm8k", "common", "language_model"):
+    _forget()
+
+
+@pytest.fixture
+def sentiment(tmp_path, monkeypatch):
+    """The module and a smoke-sized job on a tiny encoder, with a few sentences."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import adapt_sst2
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = BertModel(BertConfig(vocab_size=tiny_checkpoints.VOCABULARY, **sizes), add_pooling_layer=False)
+    examples = [(f"the film is {'good' if i % 2 else 'bad'}", i % 2) for i in range(12)]
+    yield (
+        adapt_sst2,
+        adapt_sst2.Job(adapt_sst2.SMOKE, encoder, tiny_checkpoints.tokenizer(), examples, examples, examples, tmp_path),
+    )
+    _forget()
+
+
+def _forget() -> None:
+    for name in ("adapt_gsm8k", "adapt_sst2", "adapter_job", "common", "language_model"):
         sys.modules.pop(name, None)
 
 
@@ -53,5 +74,34 @@ def test_every_row_can_be_measured(job):
 def test_the_rank_makes_the_counts_equal_where_the_method_allows_it(job):
     module, made = job
     for name in ("pissa", "sorsa", "eva", "corda"):
-        rank = module.rank_for(name, made)
+        rank = module.rank_for(name, made.model, made.lora_parameters)
         assert abs(rank - module.LORA_RANK) <= 1, name
+
+
+def test_every_row_of_the_sentiment_job_can_be_measured(sentiment):
+    module, made = sentiment
+    for name, build in module.contenders().items():
+        row = module.run(made, name, build)
+        assert 0 <= row["accuracy"] <= 1, name
+        assert len(row["accuracy by seed"]) == made.size.seeds
+        assert row["bytes saved"] > 0
+        assert row["trained parameters"] > 0
+        assert row.get("method", row.get("baseline")) == name
+
+
+def test_the_probe_trains_the_head_alone(sentiment):
+    module, made = sentiment
+    assert module.run(made, "linear probe", module.probe)["trained parameters"] == 2 * 32 + 2
+
+
+def test_rows_are_kept_and_only_the_missing_ones_are_measured(tmp_path, job):
+    import adapter_job
+
+    path = tmp_path / "rows.json"
+    adapter_job.add_row(path, "one", {"loss": 1})
+    adapter_job.add_row(path, "two", {"loss": 2})
+    assert adapter_job.rows(path) == {"one": {"loss": 1}, "two": {"loss": 2}}
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write(' '.join(sys.argv[1:]) + ';')")
+    adapter_job.each_in_its_process(str(script), ["one", "three"], path, "--smoke")
+    assert (tmp_path / "ran").read_text() == "--only three --smoke;"

@@ -196,7 +196,8 @@ def test_it_works_on_a_half_precision_base(method):
     model = adapted(method, reference)
     layers = [module for module in model.modules() if isinstance(module, EckartLayer)]
     tensors = [tensor for layer in layers for tensor in layer.eckart_adapters.state_dict().values()]
-    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    # What is an index stays one: half precision cannot count.
+    assert {tensor.dtype for tensor in tensors} <= {torch.float32, torch.int64}
     assert logits(model).dtype == torch.bfloat16
     model.train()
     model(input_ids=IDS, labels=IDS).loss.backward()

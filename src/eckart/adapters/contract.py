@@ -29,7 +29,7 @@ __all__ = ["Adapter", "AdapterMethod"]
 class Adapter(nn.Module, ABC):
     """The tensors of one method at one site: trained ones are parameters, frozen ones buffers.
 
-    All are float32, shaped but without values after construction; `initialize` or a checkpoint fills them.
+    All but indices are float32, shaped but without values after construction; `initialize` or a checkpoint fills them.
 
     Args:
         site: Where it sits.

