@@ -88,7 +88,7 @@ METHODS: tuple[Method, ...] = (
     Method("welore", "compression", "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", "2407.11239", 2024),
     # adapters
     Method("ac-lora", "adapters", "Auto Component LoRA for Personalized Artistic Style Image Generation", "2504.02231", 2025),
-    Method("adalora", "adapters", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "2303.10512", 2023),
+    Method("adalora", "adapters", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "2303.10512", 2023, "experimental", "eckart.adapters.adalora:AdaLoRA"),
     Method("ba-lora", "adapters", "Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance in Large Language Models", "2408.04556", 2024),
     Method("bilora", "adapters", "A Bi-level Optimization Framework for Overfitting-Resilient Low-Rank Adaptation of Large Pre-trained Models", "2403.13037", 2024),
     Method("bone", "adapters", "Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large Language Models (later: Block-Affine Adaptation; DiSHA; MiSS)", "2409.15371", 2024, "experimental", "eckart.adapters.bone:Bone"),
@@ -97,7 +97,7 @@ METHODS: tuple[Method, ...] = (
     Method("compacter", "adapters", "Efficient Low-Rank Hypercomplex Adapter Layers", "2106.04647", 2021),
     Method("corda", "adapters", "Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware PEFT", "2406.05223", 2024, "experimental", "eckart.adapters.corda:CorDA", needs=("gram",)),
     Method("dsee", "adapters", "Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models", "2111.00160", 2021, "experimental", "eckart.adapters.dsee:DSEE"),
-    Method("dylora", "adapters", "Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation", "2210.07558", 2022),
+    Method("dylora", "adapters", "Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation", "2210.07558", 2022, "experimental", "eckart.adapters.dylora:DyLoRA"),
     Method("edora", "adapters", "Efficient Weight-Decomposed Low-Rank Adaptation via Singular Value Decomposition", "2501.12067", 2025, "experimental", "eckart.adapters.edora:EDoRA"),
     Method("effort", "adapters", "Efficient Orthogonal Modeling / Orthogonal Subspace Decomposition for Generalizable AI-Generated Image Detection", "2411.15633", 2024, "experimental", "eckart.adapters.effort:Effort"),
     Method("eva", "adapters", "One Initialization to Rule them All - Fine-tuning via Explained Variance Adaptation", "2410.07170", 2024, "experimental", "eckart.adapters.eva:EVA", needs=("gram", "mean")),
