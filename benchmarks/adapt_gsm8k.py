@@ -1,9 +1,10 @@
 """Every adapter on one job: GSM8K answers, the demo model, equal trained parameters and steps, its best learning rate.
 
 Answer-token loss on a held-out slice of gsm8k-train. The learning rate is chosen among three on another slice, over
-fewer steps. Forgetting is the change of perplexity on WikiText-2's test text. The base is bfloat16, adapters are
-float32; full fine-tuning is float32 throughout. Each row is written as soon as it is done and a second call goes on
-where the first stopped; ``--seeds`` trains rows that are there with further seeds, which also shuffle the examples:
+fewer steps; where the best is the largest or smallest, up to two beyond it are tried. Forgetting is the change of
+perplexity on WikiText-2's test text. The base is bfloat16, adapters are float32; full fine-tuning is float32
+throughout. Each row is written as soon as it is done and a second call goes on where the first stopped; ``--seeds``
+trains rows that are there with further seeds, which also shuffle the examples:
 
 python benchmarks/adapt_gsm8k.py [--only NAME ...] [--seeds NAME ...] [--smoke] [--draw]
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import add_row, built, each_in_its_process, lora_parameters, rank_for, rows
+from adapter_job import add_row, best_rate, built, each_in_its_process, lora_parameters, rank_for, rows
 from common import RESULTS, environment
 from language_model import demo, evaluation, text
 
@@ -220,7 +221,7 @@ def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
     """One row of the table."""
     probe = sum(p.numel() for p in build(job).parameters() if p.requires_grad)
     rates = TINY_RATES if probe < job.lora_parameters / 4 else FULL_RATES if probe > job.lora_parameters * 4 else RATES
-    search = {rate: fit(job, build, rate, job.size.search_steps, job.search)["loss"] for rate in rates}
+    search = best_rate(lambda rate: float(fit(job, build, rate, job.size.search_steps, job.search)["loss"]), rates)
     rate = min(search, key=lambda r: (search[r] != search[r], search[r]))  # NaN is never the best
     done = fit(job, build, rate, job.size.steps, job.judge)
     model = done.pop("model")

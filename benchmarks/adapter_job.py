@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,18 @@ def rank_for(method: str, model: nn.Module, parameters: int) -> int:
         return abs(rule.total_trainable(sites, dict.fromkeys(sites, rank)) - parameters)
 
     return min(range(1, largest + 1), key=distance)
+
+
+def best_rate(judge: Callable[[float], float], rates: Sequence[float], factor: float = 3.0) -> dict[float, float]:
+    """What each rate gives (less is better): of the given ones and, while the best is at an end, of up to two more."""
+    found = {rate: judge(rate) for rate in rates}
+    for _ in range(2):
+        best = min(found, key=lambda rate: (found[rate] != found[rate], found[rate]))  # NaN is never the best
+        if min(found) < best < max(found):
+            break
+        further = best / factor if best == min(found) else best * factor
+        found[further] = judge(further)
+    return found
 
 
 def rows(path: Path) -> dict[str, Any]:

@@ -105,3 +105,11 @@ def test_rows_are_kept_and_only_the_missing_ones_are_measured(tmp_path, job):
     script.write_text(f"import sys; open({str(tmp_path / 'ran')!r}, 'a').write(' '.join(sys.argv[1:]) + ';')")
     adapter_job.each_in_its_process(str(script), ["one", "three"], path, "--smoke")
     assert (tmp_path / "ran").read_text() == "--only three --smoke;"
+
+
+def test_the_search_goes_on_where_the_best_rate_is_at_an_end(job):
+    from adapter_job import best_rate
+
+    assert list(best_rate(lambda rate: abs(rate - 2.0), (1.0, 2.0, 3.0))) == [1.0, 2.0, 3.0]
+    assert list(best_rate(lambda rate: abs(rate - 9.0), (1.0, 2.0, 3.0))) == [1.0, 2.0, 3.0, 9.0, 27.0]
+    assert list(best_rate(lambda rate: rate if rate < 2 else float("nan"), (1.0, 2.0, 3.0))) == [1, 2, 3, 1 / 3, 1 / 9]
