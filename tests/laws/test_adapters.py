@@ -147,12 +147,13 @@ def test_delta_is_what_the_layer_adds_to_its_weight(method):
 
 
 @every
-def test_a_gradient_reaches_everything_that_is_trained_within_two_steps(method):
+def test_a_gradient_reaches_everything_that_is_trained_within_a_few_steps(method):
+    steps = 12 if method == "ce-ssl" else 2  # it leaves layers out at random
     model = adapted(method)
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    for step in (1, 2):
+    for step in range(1, steps + 1):
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
         model.base_model.on_step(step, 100)
