@@ -11,10 +11,10 @@ left out costs neither its product nor its gradient. The third part, batch stati
 `with_unlabelled`.
 
 Different here: what is left out is drawn once a step, from seed and step, so that micro-batches, processes and
-recomputed activations agree, and evaluation uses the expected weight (the code draws there too until it has merged). The order
-comes from the true gradient by columns, Σ_j ||w_j||² Σ_i G_ij² over the entries, where the code multiplies the gradient
-with A Aᵀ of one draw; ``importance="fisher"`` is mean G². Its one-dimensional convolutions are `nn.Conv2d` of height 1,
-as in the code. Training all biases is left to ``modules_to_save``.
+recomputed activations agree, and evaluation uses the expected weight (the code draws there too until it has merged).
+The order comes from the true gradient by columns, Σ_j ||w_j||² Σ_i G_ij² over the entries, where the code multiplies
+the gradient with A Aᵀ of one draw; ``importance="fisher"`` is mean G². Its one-dimensional convolutions are
+`nn.Conv2d` of height 1, as in the code. Training all biases is left to ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class CESSL(AdapterMethod):
     Attributes:
         drop: p, probability that a layer's update is left out in a step.
         low_share: Share of the layers that get the low rank. The code has 0.1 to 0.9 by data set.
-        importance: What orders the layers: "taylor" (mean (W ⊙ G)²), "fisher" (mean G²), or "none" for one rank.
+        importance: What orders the layers: "taylor" (mean (W ⊙ G)², as in the paper), "fisher" (mean G²), or "none" for
+            one rank, which needs no data.
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)
