@@ -106,7 +106,7 @@ METHODS: tuple[Method, ...] = (
     Method("goat", "adapters", "Make LoRA Great Again - Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts Optimization Alignment", "2502.16894", 2025),
     Method("hydra", "adapters", "Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", "2309.06922", 2023, "experimental", "eckart.adapters.hydra:Hydra"),
     Method("kasa", "adapters", "Knowledge-Aware Singular-Value Adaptation of Large Language Models", "2412.06071", 2024, "experimental", "eckart.adapters.kasa:KaSA"),
-    Method("lamda", "adapters", "Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation", "2406.12832", 2024),
+    Method("lamda", "adapters", "Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation", "2406.12832", 2024, "experimental", "eckart.adapters.lamda:LaMDA"),
     Method("loldu", "adapters", "Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning", "2410.13618", 2024, "experimental", "eckart.adapters.loldu:LoLDU"),
     Method("lora-xs", "adapters", "Low-Rank Adaptation with Extremely Small Number of Parameters", "2405.17604", 2024, "experimental", "eckart.adapters.lora_xs:LoRAXS"),
     Method("msplora", "adapters", "A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning", "2503.21838", 2025, "experimental", "eckart.adapters.msplora:MSPLoRA"),
