@@ -139,7 +139,7 @@ def test_weights_of_small_rank(weight):
     [
         ({"init": "pca"}, "init must be one of svd, random, not 'pca'"),
         ({"split": "both"}, "split must be one of right, left, even, none, not 'both'"),
-        ({"solver": "fast"}, "solver must be one of auto, exact, randomized, not 'fast'"),
+        ({"solver": "fast"}, "solver must be one of auto, exact, lanczos, randomized, not 'fast'"),
         ({"sigma": -1.0}, "sigma must be a number of at least 0, not -1.0; the paper uses 1e-5"),
         ({"sigma": float("nan")}, "sigma must be a number"),
     ],

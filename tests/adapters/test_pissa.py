@@ -77,5 +77,5 @@ def test_options():
     exact, _ = start(solver="exact")
     auto, _ = start()
     assert torch.allclose(exact.left @ exact.right, auto.left @ auto.right, atol=1e-5)
-    with pytest.raises(ValueError, match="solver must be one of auto, exact, randomized, not 'fast'"):
+    with pytest.raises(ValueError, match="solver must be one of auto, exact, lanczos, randomized, not 'fast'"):
         PiSSA(solver="fast")

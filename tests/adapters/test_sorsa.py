@@ -172,7 +172,7 @@ def test_options():
     assert SORSA().weight == pytest.approx(4e-4 / 3e-5 / (7 * 32), rel=0.01)
     with pytest.raises(ValueError, match="form must be one of sorsa, squared, none, not 'norm'"):
         SORSA(form="norm")
-    with pytest.raises(ValueError, match="solver must be one of auto, exact, randomized, not 'fast'"):
+    with pytest.raises(ValueError, match="solver must be one of auto, exact, lanczos, randomized, not 'fast'"):
         SORSA(solver="fast")
     with pytest.raises(ValueError, match=r"weight must not be negative, not -1\.0; 0 is the same as form='none'"):
         SORSA(weight=-1.0)

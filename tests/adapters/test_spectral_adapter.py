@@ -191,7 +191,7 @@ def test_weights_of_small_rank(options, weight):
         ({"variant": "A"}, "variant must be one of additive, rotational, not 'A'"),
         ({"position": "middle"}, "position must be one of top, bottom, not 'middle'"),
         ({"offset": -1}, "offset must be at least 0, not -1; count from the bottom with position"),
-        ({"solver": "fast"}, "solver must be one of auto, exact, randomized, not 'fast'"),
+        ({"solver": "fast"}, "solver must be one of auto, exact, lanczos, randomized, not 'fast'"),
     ],
 )
 def test_options(options, message):

@@ -155,7 +155,7 @@ def test_half_precision_input():
     ("options", "message"),
     [
         ({"q": 0}, "q must be at least 1, not 0; None is a sixteenth of the rank"),
-        ({"solver": "fast"}, "solver must be one of auto, exact, randomized, not 'fast'"),
+        ({"solver": "fast"}, "solver must be one of auto, exact, lanczos, randomized, not 'fast'"),
     ],
 )
 def test_options(options, message):

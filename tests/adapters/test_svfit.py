@@ -139,7 +139,7 @@ def test_weights_of_small_rank(weight):
         ({"energy": 0.0}, "energy is a share of the squared norm, above 0 and at most 1, not 0.0"),
         ({"energy": float("nan")}, "energy is a share"),
         ({"trained": "log"}, "trained must be one of value, shift, multiplier, not 'log'"),
-        ({"solver": "fast"}, "solver must be one of auto, exact, randomized, not 'fast'"),
+        ({"solver": "fast"}, "solver must be one of auto, exact, lanczos, randomized, not 'fast'"),
     ],
 )
 def test_options(options, message):

@@ -425,7 +425,8 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, run, monkeypatch, str
 
 
 _SLOW = """
-import sys, time
+import logging, sys, time
+logging.disable()  # the import below comes before the command can keep other libraries quiet
 from eckart.cli.main import main
 from eckart.compression.svd import SVD
 

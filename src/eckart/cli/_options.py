@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,9 @@ def prepare(dtype: str, device: str) -> None:
         ValueError: there is no such type or device here.
     """
     one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    # Where they are installed, transformers imports these, and they tell of the kernels that they lack.
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     import torch
     import transformers
 
