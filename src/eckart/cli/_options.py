@@ -52,10 +52,11 @@ def prepare(dtype: str, device: str) -> None:
         ValueError: there is no such type or device here.
     """
     one_of("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    import torch
+
     # Where they are installed, transformers imports these, and they tell of the kernels that they lack.
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    import torch
     import transformers
 
     # Their own deprecations, which nobody who types a command can act on.
