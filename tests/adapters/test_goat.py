@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from eckart.adapters.goat import GOAT, route, slices
 from eckart.adapters.site import Site
@@ -231,6 +232,20 @@ def test_the_balance_loss_counts_every_pass_once():
     run(adapters, coordinator, X[:2])
     expected = 1e-3 * sum(balance(adapter, X[:2]) for adapter in adapters.values())
     assert float(coordinator.penalty().detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_balance_loss_has_its_gradient_under_checkpointing():
+    gradients = []
+    for again in (False, True):
+        adapters, coordinator = three(balance=1.0)
+        coordinator.before_forward({"attention_mask": torch.ones(4, 7)}, training=True)
+        x = X.clone().requires_grad_(True)
+        for adapter in adapters.values():
+            x = checkpoint(adapter.update, x, use_reentrant=False) if again else adapter.update(x)
+        (x.sum() + coordinator.penalty()).backward()
+        assert coordinator.penalty() is None
+        gradients.append([p.grad for adapter in adapters.values() for p in adapter.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_padded_tokens_do_not_count():

@@ -5,7 +5,7 @@
     M <- signal + G,   G of independent normal entries with the variance of the entries of M - signal
     p = 1 - l^a,   l the loss, a = 1 + step / total
 
-Z. Cui, J. Tian, Y. Ying, R. Lu, AC-LoRA: Auto Component LoRA for Personalized Artistic Style Image Generation, 2025,
+Cui, Tian, Ying and Lu, AC-LoRA: Auto Component LoRA for Personalized Artistic Style Image Generation, 2025,
 arXiv 2504.02231; no official code. The rule for p needs a loss between 0 and 1, as that of a diffusion model: the loss
 here is its running mean over that of the first step, unless ``relative=False``; ``schedule="linear"`` raises p from
 ``start`` to ``end`` instead. The last of the restarts comes before the last tenth of the steps, so that what is saved

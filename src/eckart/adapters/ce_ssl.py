@@ -5,7 +5,7 @@
     ranks:        before training the layers are ordered by mean (W ⊙ G)², G the gradient of the labelled data;
                   the lowest share of them gets 2 floor(r / 4), the others r
 
-R. Zhou, Z. Liu, L. Clifton, D. A. Clifton, K. W. Chan, Y.-T. Zhang, Y. Dong, Computation-Efficient Semi-Supervised
+R. Zhou and others, Computation-Efficient Semi-Supervised
 Learning for ECG-based Cardiovascular Diseases Detection, 2024, arXiv 2406.14377; code: KAZABANA/CE-SSL. A layer that is
 left out costs neither its product nor its gradient. The third part, batch statistics of unlabelled data, is
 `with_unlabelled`.

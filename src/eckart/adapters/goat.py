@@ -13,9 +13,9 @@ Values and Mixture-of-Experts Optimization Alignment, ICML 2025, arXiv 2502.1689
 
 In the released scripts s is α / d and η is not read; that is ``scaling="alpha"``. Different here: the experts are one
 product under a mask in place of a loop, the router computes in float32 under autocast too, and the balance loss counts
-every training forward pass since it was last read, without padded tokens. Where layers are run again for their
-gradient (checkpointing) the first run counts; reentrant checkpointing lets no gradient through to it. Dropout is left
-out.
+every training forward pass since it was last read, without padded tokens. A layer that is run again for its gradient
+(checkpointing) counts once; reentrant checkpointing, whose first run has no gradient, leaves the balance loss out.
+Dropout is left out.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _GOATAdapter(Adapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         raise ValueError(
-            f"{self.site.name}: a router picks the experts of each token, so there is no one merged weight"
+            f"{self.site.name}: a router picks the experts of each token, so there is no one weight to merge"
         )
 
 
@@ -217,6 +217,7 @@ class _Balance(Coordinator):
         # By layer: choices (E,), summed probabilities (E,), tokens (), of each pass.
         self.passes: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for adapter in self.adapters.values():
+            assert isinstance(adapter, _GOATAdapter)
             adapter.tally = self
 
     def before_forward(self, kwargs: dict[str, Any], training: bool) -> None:
@@ -229,13 +230,15 @@ class _Balance(Coordinator):
 
     def count(self, name: str, probabilities: Tensor, chosen: Tensor) -> None:
         """Note one pass through a layer: both (..., E)."""
-        if not self.open or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
-        shape = chosen.shape[:-1]
-        mask = self.mask.to(probabilities) if self.mask is not None and self.mask.shape == shape else None
-        weights = (torch.ones(shape).to(probabilities) if mask is None else mask)[..., None]
-        sums = [(weights * value).flatten(0, -2).sum(dim=0) for value in (chosen, probabilities)]
-        self.passes.setdefault(name, []).append((sums[0], sums[1], weights.sum()))
+        experts, tokens = chosen.shape[-1], chosen.shape[:-1]
+        weights = probabilities.new_ones(tokens.numel(), 1)
+        if self.mask is not None and tokens in (self.mask.shape, (self.mask.numel(),)):
+            weights = self.mask.reshape(-1, 1).to(weights)
+        sums = [(weights * value.reshape(-1, experts)).sum(dim=0) for value in (chosen, probabilities)]
+        if self.open:  # asked last: a layer that is run again for its gradient must repeat what it did
+            self.passes.setdefault(name, []).append((sums[0], sums[1], weights.sum()))
 
     def penalty(self) -> Tensor | None:
         terms = []
