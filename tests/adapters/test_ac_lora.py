@@ -114,3 +114,12 @@ def test_the_formula_and_the_update():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         ACLoRA(**options)
+
+
+def test_a_loss_that_is_not_finite_is_passed_over():
+    coordinator = ACLoRA().coordinate(made(ACLoRA()), 0)
+    coordinator.observe(torch.tensor(1.0))
+    before = coordinator.energy(5, 10)
+    for value in (float("nan"), float("inf")):
+        coordinator.observe(torch.tensor(value))
+    assert coordinator.energy(5, 10) == before

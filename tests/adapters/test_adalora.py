@@ -172,3 +172,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         AdaLoRA(**options)
+
+
+@pytest.mark.parametrize("shares", [(0.95, 0.05, 5), (0.96, 0.04, 10), (0.9, 0.1, 3), (1.0, 1e-6, 7)])
+def test_the_last_step_is_at_the_end_budget_however_shares_are_rounded(shares):
+    begin, end, total = shares
+    assert budget(total, total, 12, 8, round(begin * total), max(1, round(end * total))) == 8
+
+
+def test_between_two_masks_the_update_is_what_the_layer_computes():
+    method = AdaLoRA(every=5, begin=0.0, end=0.1, target=0.5)
+    made = adapters(method)
+    coordinator = method.coordinate(made, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(4, adapter.site.in_features, generator=generator) for name, adapter in made.items()}
+    revived = 0
+    for number in range(1, 14):
+        with torch.no_grad():
+            for adapter in made.values():
+                for p in adapter.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator)
+                    p -= 0.1 * p.grad
+            coordinator.on_step(number, 20)
+        for name, adapter in made.items():
+            revived += int(((adapter.kept == 0) & (adapter.core != 0)).sum())
+            added, delta = adapter.update(x[name]), adapter.delta(torch.zeros(1))
+            assert torch.allclose(added, x[name] @ delta.mT, atol=1e-5)
+    assert revived  # otherwise nothing was tested
+
+
+def test_the_penalty_has_a_gradient_where_nothing_is_left_to_correct():
+    method = AdaLoRA(squared=False)
+    adapter = method.build(Site("layer", "linear", 4, 4), 2, 1.0)
+    adapter.fill(left=torch.eye(4)[:, :2], right=torch.eye(4)[:2])
+    method.coordinate({"layer": adapter}, 0).penalty().backward()
+    assert not adapter.left.grad.any()
+    assert not adapter.right.grad.any()

@@ -133,3 +133,42 @@ def test_unlabelled_data_moves_the_batch_statistics_and_nothing_else():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         CESSL(**options)
+
+
+def test_the_merged_weight_is_the_expected_one_right_after_a_training_step():
+    adapter = made(drop=0.5)
+    expected = 0.5 * 0.5 * adapter.left.detach() @ adapter.right.detach()
+    for active in (True, False, None):
+        adapter.set_active(active)
+        assert torch.allclose(adapter.delta(torch.zeros(1)).detach(), expected, atol=1e-6)
+
+
+def test_a_step_with_every_layer_left_out_has_a_gradient_of_zero():
+    adapter, base, x = made(drop=0.9), nn.Linear(10, 12).requires_grad_(False), torch.randn(4, 10)
+    coordinator = CESSL(drop=0.9).coordinate({"layer": adapter}, seed=0)
+    out = 0
+    for step in range(20):
+        coordinator.on_step(step, 20)
+        coordinator.before_forward({}, training=True)
+        adapter.zero_grad()
+        y = adapter(x, base)
+        y.sum().backward()
+        if adapter.scale == 0:
+            out += 1
+            assert torch.equal(y, base(x))
+            assert not adapter.left.grad.any()
+            assert not adapter.right.grad.any()
+    assert 10 < out < 20
+
+
+def test_the_order_is_that_of_the_products_also_for_layers_of_other_heights():
+    generator = torch.Generator().manual_seed(0)
+    # Layer "tall" has the larger weight norms, "wide" the larger mean (W G)^2 by a factor of about 3.
+    weights = {"tall": 0.5 * torch.randn(256, 64, generator=generator), "wide": torch.randn(4, 64, generator=generator)}
+    gradients = {name: torch.randn(w.shape, generator=generator).double() for name, w in weights.items()}
+    sites = {name: Site(name, "linear", *w.shape) for name, w in weights.items()}
+    statistics = {name: Statistics(fisher=g.square().sum(dim=0), count=1) for name, g in gradients.items()}
+    true = {name: float((weights[name].double() * gradients[name]).square().mean()) for name in weights}
+    assert true["wide"] > 2 * true["tall"]
+    ranks = CESSL(low_share=0.5, importance="taylor").ranks(sites, statistics, 4, lambda name: weights[name])
+    assert ranks == {"tall": 2, "wide": 4}

@@ -87,9 +87,13 @@ def test_columns_are_frozen_to_the_bit_under_momentum_and_decay():
     assert all(torch.equal(adapter.right, old) for adapter, old in zip(coordinator.members, right, strict=True))
 
 
-def test_a_resumed_run_holds_the_same_columns():
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_resumed_run_holds_the_same_columns(evaluated):
     method, adapter = LaMDA(frozen_by=0.5), made()
     coordinator = method.coordinate({"layer": adapter}, 0)
+    if evaluated:  # before anything is loaded
+        coordinator.before_forward({}, training=False)
+        adapter.left.data *= 2
     coordinator.state["share"] = torch.tensor(2 / 3, dtype=torch.float64)  # as a checkpoint brings it
     coordinator.before_forward({}, training=True)
     held = adapter.left.detach().clone()

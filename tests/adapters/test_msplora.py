@@ -51,6 +51,16 @@ def test_layers_share_what_the_pyramid_says(layers, levels):
     assert made["layers.0.attn.q_proj"].model_right is not made["layers.0.attn.v_proj"].model_right
 
 
+def test_only_indices_are_ignored_in_names():
+    gates = sites(3, (("w1", 12, 12), ("w3", 12, 12)))
+    made = {name: MSPLoRA().build(site, 8, 1.0) for name, site in gates.items()}
+    MSPLoRA().link(made)
+    assert made["layers.0.attn.w1"].model_left is made["layers.2.attn.w1"].model_left
+    assert made["layers.0.attn.w1"].model_left is not made["layers.0.attn.w3"].model_left
+    trained = sum(p.numel() for adapter in made.values() for p in adapter.parameters())
+    assert trained == MSPLoRA().total_trainable(gates, dict.fromkeys(gates, 8)) == 2 * 24 * (8 + 3 * 4 + 3 * 2)
+
+
 def test_the_counts_of_the_paper():
     roberta = sites(12, (("query", 768, 768), ("value", 768, 768)))
     assert MSPLoRA().total_trainable(roberta, dict.fromkeys(roberta, 8)) == 135_168

@@ -126,6 +126,8 @@ class _Restarts(Coordinator):
 
     def observe(self, loss: Tensor) -> None:
         value = loss.float().cpu()
+        if not bool(value.isfinite()):  # a step that mixed precision skips; the mean would never recover
+            return
         self.state.setdefault("first", value)
         self.state["mean"] = _SMOOTHING * self.state.get("mean", value) + (1 - _SMOOTHING) * value
 

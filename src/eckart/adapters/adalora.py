@@ -48,10 +48,10 @@ def budget(step: int, total: int, first: int, last: int, begin: int, end: int) -
         >>> [budget(t, 10, first=12, last=4, begin=2, end=3) for t in range(1, 11)]
         [12, 12, 8, 5, 4, 4, 4, 4, 4, 4]
     """
+    if step >= total - end:  # also where begin, rounded to steps, reaches the end
+        return last
     if step <= begin:
         return first
-    if step >= total - end:
-        return last
     left = 1 - (step - begin) / (total - begin - end)
     return int(last + (first - last) * left**3)
 
@@ -127,9 +127,10 @@ class _AdaLoRAAdapter(FactoredAdapter):
         self.fill(kept=torch.ones(self.rank))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Factors of what is kept."""
+        """Factors of what is kept, and of what the optimizer has moved off zero since the last mask."""
         left, right = super().low_rank()
-        return left[:, self.kept > 0], right[self.kept > 0]
+        live = (self.kept > 0) | (self.core != 0)
+        return left[:, live], right[live]
 
     def settled_rank(self) -> int:
         """Triplets that have a share of the budget."""
@@ -150,8 +151,9 @@ class _Budget(Coordinator):
         terms = []
         for adapter in self.members.values():
             for gram in (adapter.left.mT @ adapter.left, adapter.right @ adapter.right.mT):
-                square = (gram - torch.eye(adapter.rank, device=gram.device)).square().sum()
-                terms.append(square if self.method.squared else square.sqrt())
+                off = gram - torch.eye(adapter.rank, device=gram.device)
+                # The root of a sum has no gradient at zero, this norm has.
+                terms.append(off.square().sum() if self.method.squared else torch.linalg.vector_norm(off))
         device = terms[0].device
         return self.method.orthogonality * torch.stack([term.to(device) for term in terms]).mean()
 

@@ -5,16 +5,17 @@
     ranks:        before training the layers are ordered by mean (W ⊙ G)², G the gradient of the labelled data;
                   the lowest share of them gets 2 floor(r / 4), the others r
 
-R. Zhou and others, Computation-Efficient Semi-Supervised
-Learning for ECG-based Cardiovascular Diseases Detection, 2024, arXiv 2406.14377; code: KAZABANA/CE-SSL. A layer that is
-left out costs neither its product nor its gradient. The third part, batch statistics of unlabelled data, is
-`with_unlabelled`.
+R. Zhou and others, Computation-Efficient Semi-Supervised Learning for ECG-based Cardiovascular Diseases Detection,
+2024, arXiv 2406.14377; code: KAZABANA/CE-SSL. A layer that is left out costs neither its product nor its gradient. The
+third part, batch statistics of unlabelled data, is `with_unlabelled`.
 
 Different here: what is left out is drawn once a step, from seed and step, so that micro-batches, processes and
 recomputed activations agree, and evaluation uses the expected weight (the code draws there too until it has merged).
-The order comes from the true gradient by columns, Σ_j ||w_j||² Σ_i G_ij² over the entries, where the code multiplies
-the gradient with A Aᵀ of one draw; ``importance="fisher"`` is mean G². Its one-dimensional convolutions are
-`nn.Conv2d` of height 1, as in the code. Training all biases is left to ``modules_to_save``.
+The order comes from the true gradients of single sequences, by columns: Σ_j (mean_i W_ij²) (Σ_i G_ij²) over the number
+of entries stands for mean (W ⊙ G)², which needs every G_ij; the code multiplies the gradient of a batch with A Aᵀ of
+one draw. ``importance="fisher"`` is mean G². Both are for linear layers only: no such gradients are gathered of
+convolutions. One-dimensional convolutions are `nn.Conv2d` of height 1, as in the code. Training all biases is left to
+``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class CESSL(AdapterMethod):
     Attributes:
         drop: p, probability that a layer's update is left out in a step.
         low_share: Share of the layers that get the low rank. The code has 0.1 to 0.9 by data set.
-        importance: What orders the layers: "taylor" (mean (W ⊙ G)², as in the paper), "fisher" (mean G²), or "none" for
-            one rank, which needs no data.
+        importance: What orders the layers: "taylor" (mean (W ⊙ G)² by columns; the paper's choice), "fisher" (mean
+            G²), or "none" for one rank, which needs no data.
 
     Example:
         >>> site = Site("layer", "linear", 8, 6)
@@ -158,6 +159,10 @@ class _CESSLAdapter(FactoredAdapter):
         self.active = active
         self.scale = self.full_scale * (1 - self.drop if active is None else 1)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Factors of the expected Δ, whatever was drawn for the last step."""
+        return (1 - self.drop) * self.full_scale * self.left, self.right
+
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         return base(x) if self.active is False else super().forward(x, base)
 
@@ -177,6 +182,9 @@ class _Deactivation(Coordinator):
         drawn = torch.rand(len(self.members), generator=self.generator(int(self.state["step"])))
         for adapter, active in zip(self.members, (drawn >= self.drop).tolist(), strict=True):
             adapter.set_active(active)
+        if self.members and not any(adapter.active for adapter in self.members):
+            # The loss would depend on nothing that is trained, and its backward pass would fail.
+            self.members[0].active, self.members[0].scale = True, 0.0
 
     def on_step(self, step: int, total: int) -> None:
         self.state["step"] = torch.tensor(step)

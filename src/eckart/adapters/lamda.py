@@ -149,25 +149,28 @@ class _Freezing(Coordinator):
         self.frozen_by = frozen_by
         self.members: list[_LaMDAAdapter] = list(adapters.values())
         self.state["share"] = torch.zeros((), dtype=torch.float64)  # of the columns, that are frozen
-        self._held: list[Tensor] | None = None
+        self._held: list[Tensor] | None = None  # from a step's first forward pass to its end
 
     def columns(self, adapter: _LaMDAAdapter) -> int:
         """Columns of B that are frozen."""
         return math.floor(adapter.rank * float(self.state["share"]) + 1e-9)
 
-    def _hold(self) -> list[Tensor]:
-        return [adapter.left.detach()[:, : self.columns(adapter)].clone() for adapter in self.members]
-
     def before_forward(self, kwargs: dict[str, Any], training: bool) -> None:
-        if self._held is None:  # also after a run was resumed
-            self._held = self._hold()
+        # Not while evaluating: a run to be resumed may be measured before its values are loaded.
+        if training and self._held is None:
+            self._held = [self._hold(adapter) for adapter in self.members]
+
+    def _hold(self, adapter: _LaMDAAdapter) -> Tensor:
+        """A copy of the frozen columns; where all are, nothing moves them and none is needed."""
+        count = self.columns(adapter)
+        if count == adapter.rank:
+            adapter.left.requires_grad_(False)
+            adapter.left.grad = None
+            count = 0
+        return adapter.left.detach()[:, :count].clone()
 
     def on_step(self, step: int, total: int) -> None:
         for adapter, held in zip(self.members, self._held or [], strict=False):
             adapter.left[:, : held.shape[1]] = held
         self.state["share"] = torch.tensor(min(1.0, step / (self.frozen_by * total)), dtype=torch.float64)
-        self._held = self._hold()
-        for adapter in self.members:
-            if self.columns(adapter) == adapter.rank:
-                adapter.left.requires_grad_(False)
-                adapter.left.grad = None
+        self._held = None

@@ -4,8 +4,8 @@
     B, A shared by all layers of a kind, B_p, A_p by those of part p of three;   B from 0, A Kaiming uniform
 
 J. Zhao, X. Yu, Z. Yang, MSPLoRA: A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning, 2025, arXiv
-2503.21838; code: Oblivioniss/MSPLoRA. Layers are of a kind if their names differ in numbers only and their shapes are
-equal: shared are the adapters of all q_proj, and of all v_proj.
+2503.21838; code: Oblivioniss/MSPLoRA. Layers are of a kind if their names differ in indices only, as layers.3.q_proj
+and layers.4.q_proj, and their shapes are equal: shared are the adapters of all q_proj, and of all v_proj.
 
 The released code counts these parameters but applies a shared pair only in the layer that owns it, and where the number
 of layers is not divisible by three its parts overlap; here every layer sums all its levels, and part p of L layers is
@@ -15,7 +15,6 @@ from p L // 3. Its option to train one level after another, which no published s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -97,10 +96,11 @@ class MSPLoRA(AdapterMethod):
 
 
 def _kinds(sites: Mapping[str, Site], ranks: Mapping[str, int]) -> list[list[str]]:
-    """Names that are one but for their numbers, of one shape and one rank, in order."""
+    """Names that are one but for the indices in them, of one shape and one rank, in order."""
     groups: dict[object, list[str]] = {}
     for name, site in sites.items():
-        kind = (re.sub(r"\d+", "*", name), site.kind, site.out_features, site.in_features, ranks[name])
+        place = ".".join("*" if part.isdigit() else part for part in name.split("."))  # w1 and w3 are two kinds
+        kind = (place, site.kind, site.out_features, site.in_features, ranks[name])
         groups.setdefault(kind, []).append(name)
     return list(groups.values())
 
