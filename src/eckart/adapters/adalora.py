@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg import Importance, all_finite, most_important, triplet_importance, update_importance
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
@@ -171,33 +172,37 @@ class _Budget(Coordinator):
             self._mask(keep, settled=step > total - end and masked == keep)
 
     def _update(self, name: str, parameter: Tensor) -> None:
-        if parameter.grad is None:
+        gradient = parameter.grad
+        if gradient is None or not all_finite(gradient):  # not finite: a step that mixed precision skips
             return
-        importance = (parameter * parameter.grad).abs().float().cpu()
-        mean = self.state.get(f"{name}.mean", torch.zeros_like(importance))
-        spread = self.state.get(f"{name}.spread", torch.zeros_like(importance))
-        mean = self.method.beta1 * mean + (1 - self.method.beta1) * importance
-        self.state[f"{name}.mean"] = mean
-        self.state[f"{name}.spread"] = self.method.beta2 * spread + (1 - self.method.beta2) * (importance - mean).abs()
+        new = update_importance(
+            self.importance(name),
+            parameter.cpu(),
+            gradient.cpu(),
+            beta1=self.method.beta1,
+            beta2=self.method.beta2,
+        )
+        self.state[f"{name}.mean"], self.state[f"{name}.spread"] = new
+
+    def importance(self, name: str) -> Importance | None:
+        """Of the entries of one tensor; None before its first gradient."""
+        mean = self.state.get(f"{name}.mean")
+        return None if mean is None else Importance(mean, self.state[f"{name}.spread"])
 
     def scores(self, name: str) -> Tensor:
         """S (r,) of one layer."""
         adapter = self.members[name]
 
         def score(part: str) -> Tensor:
-            shape = getattr(adapter, part).shape
-            mean = self.state.get(f"{name}.{part}.mean", torch.zeros(shape))
-            return mean * self.state.get(f"{name}.{part}.spread", torch.zeros(shape))
+            found = self.importance(f"{name}.{part}")
+            return torch.zeros(getattr(adapter, part).shape) if found is None else found.score
 
-        return score("core") + score("left").mean(dim=0) + score("right").mean(dim=1)
+        return triplet_importance(score("core"), score("left"), score("right"))
 
     def _mask(self, keep: int, settled: bool) -> None:
         if not settled:
-            scores = torch.cat([self.scores(name) for name in self.members])
-            chosen = torch.zeros_like(scores)
-            chosen[scores.sort(descending=True, stable=True).indices[:keep]] = 1
-            parts = chosen.split([adapter.rank for adapter in self.members.values()])
-            for adapter, part in zip(self.members.values(), parts, strict=True):
+            kept = most_important([self.scores(name) for name in self.members], keep)
+            for adapter, part in zip(self.members.values(), kept, strict=True):
                 adapter.kept.copy_(part)
         for adapter in self.members.values():
             adapter.core.mul_(adapter.kept)

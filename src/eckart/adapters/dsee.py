@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linalg import robust_pca
-from ..linalg.importance import most_important
+from ..linalg import most_important, robust_pca
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
