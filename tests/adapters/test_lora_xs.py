@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from eckart.adapters.lora_xs import LoRAXS
-from eckart.adapters.site import Site, site_of
+from eckart.adapters.site import Site
+from every_kind import every_kind
 
 SITE = Site("layer", "linear", 12, 10)
 WEIGHT = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
@@ -111,21 +112,8 @@ def test_random_factors():
 
 
 def test_convolution_and_embedding():
-    torch.manual_seed(0)
-    for module, x in (
-        (nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.randn(2, 3, 9, 9)),
-        (nn.Embedding(20, 8), torch.randint(0, 20, (2, 5))),
-    ):
-        site = site_of("layer", module)
-        matrix = module.weight.detach()
-        matrix = matrix.mT if site.kind == "embedding" else matrix.flatten(1)
-        adapter = LoRAXS(sigma=1.0).build(site, 3, 0.5)
-        adapter.initialize(matrix, None, torch.Generator().manual_seed(0))
-        changed = matrix + adapter.delta(matrix).detach()
-        twin = type(module)(*((20, 8) if site.kind == "embedding" else (3, 8, 3, 2, 1)))
-        twin.load_state_dict(module.state_dict())
-        twin.weight.data = (changed.mT if site.kind == "embedding" else changed).reshape(module.weight.shape)
-        assert torch.allclose(adapter(x, module), twin(x), atol=1e-4)
+    for _ in every_kind(LoRAXS(sigma=1.0), 0.5, atol=1e-4):
+        pass  # it starts away from zero
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(6, 4), torch.ones(6, 4), torch.full((1, 4), 2.0)])
