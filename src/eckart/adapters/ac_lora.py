@@ -15,19 +15,18 @@ the product is split. The moments of the optimizer stay as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linalg import svd
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
-from .factored import FactoredAdapter
+from .factored import FactoredAdapter, kaiming_uniform
 from .site import Site, SiteKind
 
 __all__ = ["ACLoRA", "renew"]
@@ -113,9 +112,7 @@ class ACLoRA(AdapterMethod):
 
 class _ACLoRAAdapter(FactoredAdapter):
     def initialize(self, weight: Tensor, statistics: Statistics | None, generator: torch.Generator) -> None:
-        right = torch.empty(self.right.shape)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator)
-        self.set_factors(left=torch.zeros(self.left.shape), right=right)
+        self.set_factors(left=torch.zeros(self.left.shape), right=kaiming_uniform(self.right.shape, generator))
 
 
 class _Restarts(Coordinator):

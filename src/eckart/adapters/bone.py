@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
+from .factored import LowRankAdapter
 from .site import Site
 
 __all__ = ["Bone", "block_affine"]
@@ -100,7 +101,7 @@ class Bone(AdapterMethod):
         return problem
 
 
-class _LinearAdapter(Adapter):
+class _LinearAdapter(LowRankAdapter):
     shared: Tensor
 
     def __init__(self, method: Bone, site: Site, rank: int, scale: float) -> None:
@@ -115,10 +116,6 @@ class _LinearAdapter(Adapter):
     def update(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (0, -x.shape[-1] % self.rank))
         return padded.unflatten(-1, (-1, self.rank)).sum(dim=-2) @ (self.scale * self.shared)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return left @ right
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         eye = torch.eye(self.rank, device=self.shared.device)

@@ -13,7 +13,6 @@ step only, so it is the same in every process and after resuming. Evaluation and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
+from .factored import LowRankAdapter, kaiming_uniform
 from .site import Site, SiteKind
 
 __all__ = ["DyLoRA"]
@@ -80,7 +80,7 @@ class DyLoRA(AdapterMethod):
         return _Draw(self, adapters, seed)
 
 
-class _DyLoRAAdapter(Adapter):
+class _DyLoRAAdapter(LowRankAdapter):
     left: nn.Parameter
     right: nn.Parameter
 
@@ -98,9 +98,7 @@ class _DyLoRAAdapter(Adapter):
         return self.alpha / self.rank
 
     def initialize(self, weight: Tensor, statistics: Statistics | None, generator: torch.Generator) -> None:
-        right = torch.empty(self.right.shape)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator)
-        self.fill(left=torch.zeros(self.left.shape), right=right)
+        self.fill(left=torch.zeros(self.left.shape), right=kaiming_uniform(self.right.shape, generator))
         self.ready = True
 
     def update(self, x: Tensor) -> Tensor:
@@ -110,10 +108,6 @@ class _DyLoRAAdapter(Adapter):
             left = torch.cat([left[:, :-1].detach(), left[:, -1:]], dim=1)
             right = torch.cat([right[:-1].detach(), right[-1:]])
         return self.site.expand(self.site.reduce(x, right), self.alpha / b * left)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return left @ right
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.left, self.right

@@ -5,21 +5,57 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .contract import Adapter
 from .site import Site
 
-__all__ = ["Core", "FactoredAdapter"]
+__all__ = ["Core", "FactoredAdapter", "LowRankAdapter", "kaiming_uniform"]
 
 Core = Literal["none", "diagonal", "full"]
 
 
-class FactoredAdapter(Adapter):
+def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A (rows, columns) uniform in ±1 / √columns, as LoRA's A and torch's own linear layers start.
+
+    Args:
+        shape: (rows, columns).
+        generator: Source of randomness, on the CPU.
+
+    Example:
+        >>> kaiming_uniform((3, 4), torch.Generator().manual_seed(0)).abs().max() <= 0.5
+        tensor(True)
+    """
+    start = torch.empty(tuple(shape))
+    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    return start
+
+
+class LowRankAdapter(Adapter):
+    """An adapter that is its two factors, Δ = left right: it says only what they are."""
+
+    @abstractmethod
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """left (out, k) and right (k, in)."""
+
+    def update(self, x: Tensor) -> Tensor:
+        """Δ applied to x, through the k inner features."""
+        left, right = self.low_rank()
+        return self.site.expand(self.site.reduce(x, right), left)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """left right, (out, in)."""
+        left, right = self.low_rank()
+        return left @ right
+
+
+class FactoredAdapter(LowRankAdapter):
     """Δ = c (left core right), minus its value at the start where ``anchored``.
 
     The two terms share their products: inner features of right and right_0 come from one product, outputs of left and
@@ -75,11 +111,6 @@ class FactoredAdapter(Adapter):
         if core is not None:
             z = self.site.scale(z, core) if core.ndim == 1 else self.site.expand(z, core)
         return self.site.expand(z, left)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """c (left core right - start), (out, in)."""
-        left, right = self.low_rank()
-        return left @ right
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Factors of Δ: inner dimension r, or 2 r where the start of an outer factor is taken off."""

@@ -19,17 +19,16 @@ is flattened at zero as in SORSA.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linalg import svd
 from ..models.calibrate import Statistics
 from .contract import AdapterMethod
-from .factored import FactoredAdapter
+from .factored import FactoredAdapter, kaiming_uniform
 from .site import Site, SiteKind
 from .sorsa import smooth_root, squared_deviation
 
@@ -117,9 +116,7 @@ class _KaSAAdapter(FactoredAdapter):
             full = svd(weight, driver="gram")  # of all triplets the last ones are exact to 1e-8 of the largest
             last = slice(-self.dropped, None)
             self.fill(dropped_left=full.u[:, last] * full.s[last], dropped_right=full.vh[last])
-        right = nn.init.kaiming_uniform_(
-            torch.empty(self.rank, self.site.in_features), a=math.sqrt(5), generator=generator
-        )
+        right = kaiming_uniform((self.rank, self.site.in_features), generator)
         core = torch.ones(self.rank) if self.method.start == "ones" else torch.randn(self.rank, generator=generator)
         self.set_factors(left=torch.zeros(self.site.out_features, self.rank), core=core, right=right)
 

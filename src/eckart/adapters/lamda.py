@@ -26,7 +26,7 @@ from ..linalg import svd
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
 from .coordinator import Coordinator
-from .factored import FactoredAdapter
+from .factored import FactoredAdapter, kaiming_uniform
 from .pissa import Solver
 from .site import Site
 
@@ -135,9 +135,7 @@ class _LaMDAAdapter(FactoredAdapter):
             top = svd(weight, self.rank, driver=self.method.solver)
             self.set_factors(left=top.u, core=torch.diag(top.s / self.scale), right=top.vh)
             return
-        right, core = torch.empty(self.right.shape), torch.empty(self.core.shape)
-        for start in (right, core):
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        right, core = (kaiming_uniform(part.shape, generator) for part in (self.right, self.core))
         self.set_factors(left=torch.zeros(self.left.shape), core=core, right=right)
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linalg import svd
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
-from .factored import FactoredAdapter
+from .factored import FactoredAdapter, kaiming_uniform
 from .pissa import Solver, split_evenly
 from .site import Site, SiteKind
 
@@ -104,9 +104,9 @@ class LoRAXS(AdapterMethod):
             top = svd(weight, rank, driver=self.solver)
             left, right = place_spectrum(top.u, top.s, top.vh, self.split)
         else:
-            left, right = torch.empty(weight.shape[0], rank), torch.empty(rank, weight.shape[1])
-            for factor in (right, left):
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+            right, left = (
+                kaiming_uniform(shape, generator) for shape in ((rank, weight.shape[1]), (weight.shape[0], rank))
+            )
         core = self.sigma * torch.randn(rank, rank, generator=generator)
         return {"left": left, "core": core, "right": right}
 

@@ -14,16 +14,16 @@ from p L // 3. Its option to train one level after another, which no published s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
+from .factored import LowRankAdapter, kaiming_uniform
 from .site import Site, SiteKind
 
 __all__ = ["MSPLoRA"]
@@ -110,7 +110,7 @@ def _parts(count: int, parts: int) -> list[int]:
     return [(parts * (index + 1) - 1) // count for index in range(count)]
 
 
-class _PyramidAdapter(Adapter):
+class _PyramidAdapter(LowRankAdapter):
     def __init__(self, ranks: Mapping[str, int], site: Site, rank: int, scale: float) -> None:
         super().__init__(site, rank)
         self.alpha = scale * rank
@@ -122,19 +122,8 @@ class _PyramidAdapter(Adapter):
     @torch.no_grad()
     def initialize(self, weight: Tensor, statistics: Statistics | None, generator: torch.Generator) -> None:
         for name, part in self.named_parameters():  # its own: what is shared is its owner's to fill
-            start = torch.zeros(part.shape)
-            if name.endswith("right"):
-                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-            part.copy_(start)
+            part.copy_(kaiming_uniform(part.shape, generator) if name.endswith("right") else torch.zeros(part.shape))
         self.ready = True
-
-    def update(self, x: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return self.site.expand(self.site.reduce(x, right), left)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return left @ right
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         left = [self.alpha / r * getattr(self, f"{level}_left") for level, r in self.levels.items()]

@@ -15,17 +15,16 @@ off, so the layer changes before the first step, by about 1 % for a Gaussian W o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..linalg.cur import cur, skeleton
 from ..models.calibrate import Statistics
 from .contract import AdapterMethod
-from .factored import FactoredAdapter
+from .factored import FactoredAdapter, kaiming_uniform
 from .site import Site, SiteKind
 
 __all__ = ["Choice", "Middle", "NLoRA", "Variant", "choose"]
@@ -118,9 +117,7 @@ class _NLoRAAdapter(FactoredAdapter):
 
     def initialize(self, weight: Tensor, statistics: Statistics | None, generator: torch.Generator) -> None:
         if self.method.variant == "slora":
-            right, core = torch.empty(self.rank, self.site.in_features), torch.empty(self.rank, self.rank)
-            for factor in (right, core):
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+            right, core = (kaiming_uniform((self.rank, size), generator) for size in (self.site.in_features, self.rank))
             self.set_factors(left=torch.zeros(self.site.out_features, self.rank), core=core, right=right)
             return
         rows, columns = choose(weight, self.rank, self.method.choice, generator)

@@ -15,16 +15,16 @@ time where memory is short, which costs k r (in + out) random numbers a layer in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
+from .factored import LowRankAdapter, kaiming_uniform
 from .site import Site, SiteKind
 
 __all__ = ["NOLA", "RandomBasis"]
@@ -143,7 +143,7 @@ class NOLA(AdapterMethod):
             adapter.left_basis, adapter.right_basis = drawn.setdefault(shape, (adapter.left_basis, adapter.right_basis))
 
 
-class _NOLAAdapter(Adapter):
+class _NOLAAdapter(LowRankAdapter):
     left_weights: Tensor
     right_weights: Tensor
 
@@ -160,17 +160,8 @@ class _NOLAAdapter(Adapter):
         self.fill(left_weights=torch.zeros_like(self.left_weights), right_weights=torch.zeros_like(self.right_weights))
         self.ready = True
 
-    def update(self, x: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return self.site.expand(self.site.reduce(x, right), left)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return left @ right
-
     def low_rank(self) -> tuple[Tensor, Tensor]:
         device = self.right_weights.device
-        right = torch.empty(self.rank, self.site.in_features)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=torch.Generator().manual_seed(self.seed + 2))
-        right = right.to(device) + self.right_basis.mix(self.right_weights)
+        start = kaiming_uniform((self.rank, self.site.in_features), torch.Generator().manual_seed(self.seed + 2))
+        right = start.to(device) + self.right_basis.mix(self.right_weights)
         return self.scale * self.left_basis.mix(self.left_weights), right

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..linalg import svd
 from ..models.calibrate import Statistics
 from .contract import Adapter, AdapterMethod
+from .factored import LowRankAdapter
 from .lora_xs import Split, place_spectrum
 from .site import Site
 
@@ -107,7 +108,7 @@ class NoRA(AdapterMethod):
         return super().check(site, rank)
 
 
-class _NoRAAdapter(Adapter):
+class _NoRAAdapter(LowRankAdapter):
     left: Tensor
     inner_left: Tensor
     inner_right: Tensor
@@ -138,10 +139,6 @@ class _NoRAAdapter(Adapter):
     def update(self, x: Tensor) -> Tensor:
         z = self.site.expand(self.site.reduce(x, self.right), self.inner_right)
         return self.site.expand(self.site.expand(z, self.scale * self.inner_left), self.left)
-
-    def delta(self, weight: Tensor) -> Tensor:
-        left, right = self.low_rank()
-        return left @ right
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Inner dimension r'."""
