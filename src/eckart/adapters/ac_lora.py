@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,8 +92,7 @@ class ACLoRA(AdapterMethod):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1 step, not {self.every}")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {self.schedule!r}")
+        self.check_choices(schedule=Schedule)
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"start and end must rise between 0 and 1, not {self.start} and {self.end}")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +78,7 @@ class Bone(AdapterMethod):
     along: Along = "rows"
 
     def __post_init__(self) -> None:
-        for name, choices in (("form", Form), ("along", Along)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(form=Form, along=Along)
 
     def build(self, site: Site, rank: int, scale: float) -> Adapter:
         """β or D trained, from 0."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,7 @@ class CESSL(AdapterMethod):
             raise ValueError(f"drop must be a probability below 1, not {self.drop}; the paper uses 0.2")
         if not 0 <= self.low_share <= 1:
             raise ValueError(f"low_share must be a share from 0 to 1, not {self.low_share}")
-        if self.importance not in get_args(Importance):
-            raise ValueError(f"importance must be one of {', '.join(get_args(Importance))}, not {self.importance!r}")
+        self.check_choices(importance=Importance)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]  # of the options: one rank needs no data

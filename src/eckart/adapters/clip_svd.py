@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -56,8 +56,7 @@ class CLIPSVD(AdapterMethod):
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is a share of the singular values, above 0 and at most 1, not {self.ratio}")
-        if self.trained not in get_args(Trained):
-            raise ValueError(f"trained must be one of {', '.join(get_args(Trained))}, not {self.trained!r}")
+        self.check_choices(trained=Trained)
 
     def build(self, site: Site, rank: int, scale: float) -> SingularValueAdapter:
         """z trained between frozen singular vectors."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,19 @@ class AdapterMethod(ABC):
             weight: Gives the base weight (out, in) float32 of a site by its name.
         """
         return None
+
+    def check_choices(self, **choices: Any) -> None:
+        """Refuse an option that is none of its `Literal`'s values.
+
+        Args:
+            choices: Option by name -> its ``Literal``.
+
+        Raises:
+            ValueError: Which option, and what it may be.
+        """
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}")
 
     def configure(self, model: nn.Module, config: Any) -> None:  # noqa: B027  # most have nothing to say
         """Fill in what the method decides for the whole model, such as ``config.modules_to_save``; mostly nothing.

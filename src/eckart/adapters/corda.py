@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -98,10 +98,8 @@ class CorDA(AdapterMethod):
     sigma_fuse: SigmaFuse = "UV"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {self.mode!r}")
-        if self.sigma_fuse not in get_args(SigmaFuse):
-            raise ValueError(f"sigma_fuse must be one of {', '.join(get_args(SigmaFuse))}, not {self.sigma_fuse!r}")
+        self.check_choices(mode=Mode)
+        self.check_choices(sigma_fuse=SigmaFuse)
         if self.power not in (0.5, 1):
             raise ValueError(f"power must be 1 (the paper's) or 0.5 (best for the output), not {self.power}")
         if not 0 < self.damping < math.inf:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +88,7 @@ class DSEE(AdapterMethod):
     def __post_init__(self) -> None:
         if self.nonzeros < 1:
             raise ValueError(f"nonzeros must be at least 1, not {self.nonzeros}; the paper uses 16 and more")
-        for name, choices in (("support", Support), ("importance", Importance)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(support=Support, importance=Importance)
         if not 0 <= self.prune < 1:
             raise ValueError(f"prune must be a share of at least 0 and below 1, not {self.prune}")
         if not 0 <= self.at <= 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,7 @@ class DyLoRA(AdapterMethod):
     smallest: int = 1
 
     def __post_init__(self) -> None:
-        if self.update not in get_args(Update):
-            raise ValueError(f"update must be one of {', '.join(get_args(Update))}, not {self.update!r}")
+        self.check_choices(update=Update)
         if self.smallest < 1:
             raise ValueError(f"smallest must be a rank of at least 1, not {self.smallest}")
 

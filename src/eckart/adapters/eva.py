@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -139,10 +139,8 @@ class EVA(AdapterMethod):
     def __post_init__(self) -> None:
         if not 1 <= self.rho < float("inf"):
             raise ValueError(f"rho must be a finite number of at least 1, not {self.rho}; 1 gives every layer r")
-        if self.metric not in get_args(VarianceMetric):
-            raise ValueError(f"metric must be one of {', '.join(get_args(VarianceMetric))}, not {self.metric!r}")
-        if self.whiten not in get_args(Whitening):
-            raise ValueError(f"whiten must be one of {', '.join(get_args(Whitening))}, not {self.whiten!r}")
+        self.check_choices(metric=VarianceMetric)
+        self.check_choices(whiten=Whitening)
 
     def build(self, site: Site, rank: int, scale: float) -> FactoredAdapter:
         """B and A trained."""

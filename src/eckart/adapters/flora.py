@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,7 @@ class FLoRA(AdapterMethod):
     def __post_init__(self) -> None:
         if self.kernel_rank < 1:
             raise ValueError(f"kernel_rank must be at least 1, not {self.kernel_rank}")
-        if self.init not in get_args(Initial):
-            raise ValueError(f"init must be one of {', '.join(get_args(Initial))}, not {self.init!r}")
+        self.check_choices(init=Initial)
 
     def shapes(self, site: Site, rank: int) -> dict[str, tuple[int, ...]]:
         """The core and the factors of each axis."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -120,9 +120,7 @@ class GOAT(AdapterMethod):
             raise ValueError(f"top_k must be at least 1, not {self.top_k}; the paper uses 2")
         if self.experts is not None and self.experts < self.top_k:
             raise ValueError(f"experts must be at least top_k = {self.top_k}, not {self.experts}")
-        for name, choices in (("slices", Slices), ("scaling", Scaling)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(slices=Slices, scaling=Scaling)
         for name in ("eta", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,7 @@ class Hydra(AdapterMethod):
                 raise ValueError(f"{name} must be a rank, or 0 for none, not {getattr(self, name)}")
         if self.parallel == self.sequential == 0:
             raise ValueError("parallel and sequential are both 0: nothing is left to train; leave one of them out")
-        if self.init not in get_args(Initial):
-            raise ValueError(f"init must be one of {', '.join(get_args(Initial))}, not {self.init!r}")
+        self.check_choices(init=Initial)
 
     def branch_ranks(self, rank: int) -> tuple[int, int]:
         """p and q for the configuration's rank."""

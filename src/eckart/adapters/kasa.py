@@ -20,7 +20,7 @@ is flattened at zero as in SORSA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,9 +70,7 @@ class KaSA(AdapterMethod):
     gram: Gram = "small"
 
     def __post_init__(self) -> None:
-        for name, choices in (("truncation", Truncation), ("start", Start), ("gram", Gram)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(truncation=Truncation, start=Start, gram=Gram)
         for name in ("beta", "gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}; 0 leaves the penalty out")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,7 @@ class LaMDA(AdapterMethod):
     def __post_init__(self) -> None:
         if not 0 < self.frozen_by <= 1:
             raise ValueError(f"frozen_by must be a share of the steps, above 0 and at most 1, not {self.frozen_by}")
-        for name, choices in (("init", Initial), ("ranks_by", Ranks), ("solver", Solver)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(init=Initial, ranks_by=Ranks, solver=Solver)
 
     def build(self, site: Site, rank: int, scale: float) -> Adapter:
         """S and B trained."""

@@ -18,7 +18,7 @@ itself. The code's default is c = 1 / r, which divides the gradient by r as well
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,9 +78,7 @@ class LoLDU(AdapterMethod):
     trained: Trained = "diagonal"
 
     def __post_init__(self) -> None:
-        for name, choices in (("init", get_args(Init)), ("trained", get_args(Trained))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        self.check_choices(init=Init, trained=Trained)
 
     def build(self, site: Site, rank: int, scale: float) -> FactoredAdapter:
         """The diagonal trained, its start remembered."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,9 +78,7 @@ class LoRAXS(AdapterMethod):
     solver: Solver = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("init", Initial), ("split", Split), ("solver", Solver)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(init=Initial, split=Split, solver=Solver)
         if not 0 <= self.sigma < math.inf:
             raise ValueError(f"sigma must be a number of at least 0, not {self.sigma}; the paper uses 1e-5")
 

@@ -16,7 +16,7 @@ off, so the layer changes before the first step, by about 1 % for a Gaussian W o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -91,9 +91,7 @@ class NLoRA(AdapterMethod):
     residual: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("variant", Variant), ("choice", Choice), ("core", Middle)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(variant=Variant, choice=Choice, core=Middle)
         if self.variant == "slora" and (self.choice, self.core, self.residual) != ("leading", "block", False):
             raise ValueError("slora starts from random factors; leave out choice, core and residual")
         if self.core == "inverse" and not self.residual:

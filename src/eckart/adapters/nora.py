@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,7 @@ class NoRA(AdapterMethod):
             raise ValueError(f"inner_rank must be at least 1, not {self.inner_rank}; leave it out for r / 4")
         if not 0 <= self.exponent <= 2:
             raise ValueError(f"exponent must lie in [0, 2], not {self.exponent}; ASVD uses 0.5")
-        for name, choices in (("split", Split), ("init", InnerStart)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(split=Split, init=InnerStart)
 
     def inner(self, rank: int) -> int:
         """r' at rank r."""

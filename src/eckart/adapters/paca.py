@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,7 @@ class PaCA(AdapterMethod):
     selection: Selection = "random"
 
     def __post_init__(self) -> None:
-        if self.selection not in get_args(Selection):
-            raise ValueError(f"selection must be one of {', '.join(get_args(Selection))}, not {self.selection!r}")
+        self.check_choices(selection=Selection)
 
     def build(self, site: Site, rank: int, scale: float) -> Adapter:
         """The change of r columns trained."""

@@ -12,7 +12,7 @@ and the start is exact in bfloat16; the top of the SVD comes from the randomized
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,8 +67,7 @@ class PiSSA(AdapterMethod):
     solver: Solver = "auto"
 
     def __post_init__(self) -> None:
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, not {self.solver!r}")
+        self.check_choices(solver=Solver)
 
     def build(self, site: Site, rank: int, scale: float) -> FactoredAdapter:
         """B and A trained, their start remembered."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,7 @@ class SALT(AdapterMethod):
     init: Init = "zero"
 
     def __post_init__(self) -> None:
-        for name, choices in (("relu", ReLU), ("init", Init)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(relu=ReLU, init=Init)
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is a share of the singular values, from 0 to 1, not {self.ratio}")
         if not 0 <= self.regularization < math.inf:

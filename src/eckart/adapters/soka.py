@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ class SoKA(AdapterMethod):
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy is a share of the squared norm, above 0 and at most 1, not {self.energy}")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}")
+        self.check_choices(init=Init)
 
     def build(self, site: Site, rank: int, scale: float) -> Adapter:
         """A and B of every term trained, their start remembered."""

@@ -16,7 +16,7 @@ B diag(S) A (out, in) formed, as the code does in each forward pass, and the SVD
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,9 +82,7 @@ class SORSA(AdapterMethod):
     solver: Solver = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("form", Form), ("solver", Solver)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(form=Form, solver=Solver)
         if not self.weight >= 0:
             raise ValueError(f"weight must not be negative, not {self.weight}; 0 is the same as form='none'")
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,9 +70,7 @@ class SpectralAdapter(AdapterMethod):
     solver: Solver = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("variant", Variant), ("position", Position), ("solver", Solver)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(variant=Variant, position=Position, solver=Solver)
         if self.offset < 0:
             raise ValueError(f"offset must be at least 0, not {self.offset}; count from the bottom with position")
 

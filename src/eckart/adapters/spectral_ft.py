@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,7 @@ class SpectralFT(AdapterMethod):
     def __post_init__(self) -> None:
         if self.q is not None and self.q < 1:
             raise ValueError(f"q must be at least 1, not {self.q}; None is a sixteenth of the rank")
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, not {self.solver!r}")
+        self.check_choices(solver=Solver)
 
     def correction_rank(self, rank: int) -> int:
         """q for k = ``rank``."""

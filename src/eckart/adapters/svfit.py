@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,9 +65,7 @@ class SVFit(AdapterMethod):
     def __post_init__(self) -> None:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy is a share of the squared norm, above 0 and at most 1, not {self.energy}")
-        for name, choices in (("trained", Trained), ("solver", Solver)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        self.check_choices(trained=Trained, solver=Solver)
 
     def build(self, site: Site, rank: int, scale: float) -> SingularValueAdapter:
         """z trained between frozen singular vectors."""
