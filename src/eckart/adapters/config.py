@@ -69,7 +69,7 @@ class EckartConfig(PeftConfig):
     method: str = "pissa"
     r: int = 16
     alpha: float | None = None
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class EckartConfig(PeftConfig):
         self.method = catalog.get(self.method, family="adapters").name
         make_method(self.method, self.options)
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configurations
+            self.target_modules = set(self.target_modules)  # as PEFT's own configurations
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a file: what is read back from one has its values in that file."""

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..models.kinds import linear_kind
+from ..models.kinds import is_four_bit, linear_kind
 from ..structures import Structure
 from .contract import Adapter
 from .site import Site
@@ -54,8 +54,8 @@ def base_weight(site: Site, layer: EckartLayer | nn.Module) -> Tensor:
 
 def repacked(module: nn.Module) -> bool:
     """Whether bitsandbytes has reordered the four-bit weight of a module for inference on the processor."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
+    weight: Any = getattr(module, "weight", None)
+    return is_four_bit(module) and bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ class EckartLayer(nn.Module, BaseTunerLayer):
         """As for any module, but a four-bit base under an adapter in training is kept from reordering its weights."""
         super().train(mode)
         base = self.get_base_layer()
-        if hasattr(getattr(base, "weight", None), "quant_state"):
+        if is_four_bit(base):
             base.training = mode or any(p.requires_grad for p in self.eckart_adapters.parameters())
         return self
 

@@ -31,7 +31,7 @@ def plan(model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
     if not config.initialized:
         method.configure(model, config)
     if config.target_modules is None:
-        config.target_modules = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}  # type: ignore[assignment]
+        config.target_modules = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}
     _maybe_include_all_linear_layers(config, model)
     layers = _targets(model, config)
     sites: dict[str, Site] = {}
@@ -93,7 +93,7 @@ def _shared_out(
         return sites
     ranks |= {name: rank for name, rank in config.rank_pattern.items() if name in ranks}  # what the user said stands
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank > 0}
-    config.target_modules = set(config.rank_pattern)  # type: ignore[assignment]  # as in PEFT's own configurations
+    config.target_modules = set(config.rank_pattern)  # as in PEFT's own configurations
     return {name: site for name, site in sites.items() if name in config.rank_pattern}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kinds import is_four_bit
 from .select import Where, linears
 from .topology import InputTracker, block_of, blocks, example_inputs
 
@@ -76,14 +77,13 @@ def input_groups(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode, and afterwards every module back into the mode that it was in.
 
-    Four-bit layers of bitsandbytes stay as they are: at their first use in evaluation on a processor they reorder their
-    weights for good, and pass no gradients from then on.
+    Four-bit layers of bitsandbytes are put into training mode, see `eckart.models.kinds.is_four_bit`.
     """
     # By name: holding the modules would keep every layer that is replaced meanwhile in memory.
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     for module in model.modules():
-        if hasattr(getattr(module, "weight", None), "quant_state"):
+        if is_four_bit(module):
             module.training = True
     try:
         yield

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..structures import Structure
 
-__all__ = ["Kind", "linear_kind", "owners", "untreatable"]
+__all__ = ["Kind", "is_four_bit", "linear_kind", "owners", "untreatable"]
 
 Kind = Literal["linear", "conv1d", "structure"]
 
@@ -86,6 +86,19 @@ def _is_plain(forward: Callable[..., Any]) -> bool:
     except Exception:
         return False
     return isinstance(result, torch.Tensor) and torch.equal(result, x @ weight.mT + bias)
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Tell whether bitsandbytes holds the weight of a module in four bits.
+
+    Such a layer reorders its weight for good at its first use in evaluation on a processor, and passes no gradients
+    from then on; what is to be trained has to be kept from it.
+
+    Example:
+        >>> is_four_bit(nn.Linear(3, 2))
+        False
+    """
+    return hasattr(getattr(module, "weight", None), "quant_state")
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
