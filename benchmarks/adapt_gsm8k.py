@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import add_row, best_rate, built, each_in_its_process, lora_parameters, rank_for, rows, write_table
+from adapter_job import (
+    Training,
+    add_row,
+    best,
+    best_rate,
+    built,
+    each_in_its_process,
+    lora_config,
+    lora_parameters,
+    rank_for,
+    rows,
+    write_table,
+)
 from common import RESULTS, environment
 from language_model import demo, evaluation, text
 
@@ -69,14 +81,11 @@ class Job:
     search: list[Example]
     judge: list[Example]
     windows: list[Any]
-    results: Path
     perplexity: float
     lora_parameters: int
 
 
-def load(
-    size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None, out: Path | None = None
-) -> Job:
+def load(size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None) -> Job:
     if model is None:
         model, tokenizer = demo()
     source = source or text("gsm8k-train.jsonl")
@@ -89,10 +98,7 @@ def load(
     windows = evaluation(tokenizer, samples=size.text_windows)
     model.to(torch.bfloat16)
     before = perplexity(model, windows, progress=False).perplexity
-    of_lora = lora_parameters(model, LORA_RANK)
-    return Job(
-        size, model, tokenizer, train, search, judge, windows, out or RESULTS / "adapt_gsm8k.json", before, of_lora
-    )
+    return Job(size, model, tokenizer, train, search, judge, windows, before, lora_parameters(model, LORA_RANK))
 
 
 def ours(method: str) -> Callable[[Job], Any]:
@@ -113,10 +119,9 @@ def ours(method: str) -> Callable[[Job], Any]:
 
 def of_peft(**options: Any) -> Callable[[Job], Any]:
     def build(job: Job) -> Any:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        names = [ref.name for ref in linears(job.model).linears]
-        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names, task_type="CAUSAL_LM", **options)
+        config = lora_config(job.model, LORA_RANK, task_type="CAUSAL_LM", **options)
         return get_peft_model(copy.deepcopy(job.model), config)
 
     return build
@@ -124,7 +129,7 @@ def of_peft(**options: Any) -> Callable[[Job], Any]:
 
 def lora_ga(job: Job) -> Any:
     """PEFT's LoRA-GA: the start of the factors from the gradient of eight batches."""
-    from peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+    from peft import LoraGAConfig, get_peft_model, preprocess_loraga
 
     model, collate = copy.deepcopy(job.model), collator(job)
 
@@ -132,13 +137,8 @@ def lora_ga(job: Job) -> Any:
         for start in range(0, 8 * job.size.batch, job.size.batch):
             model(**collate([dict(e) for e in job.train[start : start + job.size.batch]])).loss.backward()
 
-    config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_RANK,
-        target_modules=[ref.name for ref in linears(model).linears],
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(),
-        task_type="CAUSAL_LM",
+    config = lora_config(
+        model, LORA_RANK, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), task_type="CAUSAL_LM"
     )
     preprocess_loraga(model, config, gradients)
     return get_peft_model(model, config)
@@ -184,38 +184,22 @@ def fit(
     model = build(job)
     initialized = time.perf_counter() - start
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
-    losses: list[float] = []
-    seconds: list[float] = []
+    training = Training(model, rate, steps)
     watched: dict[int, float] = {}
     for step in range(steps):
         rows = [dict(job.train[order[(step * job.size.batch + i) % len(order)]]) for i in range(job.size.batch)]
-        batch = collate(rows)
-        begin = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if hasattr(getattr(model, "base_model", None), "on_step"):
-            model.base_model.on_step(step + 1, steps)
-        seconds.append(time.perf_counter() - begin)
-        losses.append(float(loss.detach()))
+        training.step(collate(rows))
         if steps == job.size.steps and (step + 1) % job.size.watch_every == 0:
             watched[step + 1] = answer_loss(model, judge[: job.size.watched], collate, batch_size=job.size.batch)
-            model.train()
     final = answer_loss(model, judge, collate, batch_size=job.size.batch)
     return {
         "model": model,
         "loss": final,
-        "curve": losses,
+        "curve": training.losses,
         "watched": watched,
         "seconds to initialize": initialized,
-        "seconds a step": sorted(seconds)[len(seconds) // 2],
-        "trained parameters": sum(p.numel() for p in trained),
+        "seconds a step": statistics.median(training.seconds),
+        "trained parameters": sum(p.numel() for p in training.trained),
     }
 
 
@@ -224,7 +208,7 @@ def run(job: Job, name: str, build: Callable[[Job], Any]) -> dict[str, Any]:
     probe = sum(p.numel() for p in build(job).parameters() if p.requires_grad)
     rates = TINY_RATES if probe < job.lora_parameters / 4 else FULL_RATES if probe > job.lora_parameters * 4 else RATES
     search = best_rate(lambda rate: float(fit(job, build, rate, job.size.search_steps, job.search)["loss"]), rates)
-    rate = min(search, key=lambda r: (search[r] != search[r], search[r]))  # NaN is never the best
+    rate = best(search)
     done = fit(job, build, rate, job.size.steps, job.judge)
     model = done.pop("model")
     after = perplexity(model, job.windows, progress=False).perplexity
@@ -315,7 +299,7 @@ def main() -> None:
     if not (options.only or options.seeds):
         each_in_its_process(__file__, contenders(), path, *(["--smoke"] if options.smoke else []))
         return
-    job = load(SMOKE if options.smoke else Size(), out=path)
+    job = load(SMOKE if options.smoke else Size())
     for name in options.seeds:
         add_row(path, name, more_seeds(job, name, contenders()[name], rows(path)[name]))
     for name in options.only:

@@ -23,15 +23,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import add_row, best_rate, built, each_in_its_process, lora_parameters, rank_for, rows
+from adapter_job import (
+    Training,
+    add_row,
+    best,
+    best_rate,
+    built,
+    each_in_its_process,
+    lora_config,
+    lora_parameters,
+    rank_for,
+    rows,
+)
 from common import RESULTS, environment
 from language_model import text
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from eckart import adapt
 from eckart.adapters.config import EckartConfig
-from eckart.models import linears, peak_memory
+from eckart.models import peak_memory
 
 LORA_RANK = 4
 RATES = (5e-4, 2e-3, 8e-3)
@@ -64,10 +76,10 @@ class SentenceClassifier(nn.Module):
         classes: How many.
     """
 
-    def __init__(self, encoder: nn.Module, classes: int = 2) -> None:
+    def __init__(self, encoder: PreTrainedModel, classes: int = 2) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr, arg-type]
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -85,19 +97,18 @@ class Job:
     """The encoder, the data and the sizes that all rows share."""
 
     size: Size
-    encoder: nn.Module
+    encoder: PreTrainedModel
     tokenizer: Any
     train: Sentences
     dev: Sentences
     test: Sentences
-    results: Path
 
     @property
     def parameters(self) -> int:
         return lora_parameters(self.encoder, LORA_RANK)
 
 
-def encoder() -> tuple[nn.Module, Any]:
+def encoder() -> tuple[PreTrainedModel, Any]:
     """The model inside the package, which is found and not imported."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -121,7 +132,7 @@ def sentences(name: str, count: int | None = None) -> Sentences:
 def load(size: Size) -> Job:
     model, tokenizer = encoder()
     parts = sentences("sst2-train.tsv"), sentences("sst2-dev.tsv", size.dev), sentences("sst2-test.tsv", size.test)
-    return Job(size, model, tokenizer, *parts, RESULTS / "adapt_sst2.json")
+    return Job(size, model, tokenizer, *parts)
 
 
 def batch(job: Job, chosen: Sentences) -> dict[str, Tensor]:
@@ -136,8 +147,8 @@ def batch(job: Job, chosen: Sentences) -> dict[str, Tensor]:
     return {**tokens, "labels": torch.tensor([label for _, label in chosen])}
 
 
-def ours(method: str) -> Callable[[Job, nn.Module], nn.Module]:
-    def build(job: Job, model: nn.Module) -> nn.Module:
+def ours(method: str) -> Callable[[Job, Any], Any]:
+    def build(job: Job, model: Any) -> Any:
         needs = EckartConfig(method=method).build_method().needs
         data = [batch(job, job.train[i : i + job.size.batch]) for i in range(0, 4 * job.size.batch, job.size.batch)]
         rank = rank_for(method, model, job.parameters)
@@ -147,31 +158,27 @@ def ours(method: str) -> Callable[[Job, nn.Module], nn.Module]:
     return build
 
 
-def of_peft(**options: Any) -> Callable[[Job, nn.Module], nn.Module]:
-    def build(job: Job, model: nn.Module) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
+def of_peft(**options: Any) -> Callable[[Job, Any], Any]:
+    def build(job: Job, model: Any) -> Any:
+        from peft import get_peft_model
 
-        names = [ref.name for ref in linears(model).linears]
-        config = LoraConfig(
-            r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names, modules_to_save=["head"], **options
-        )
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(model, LORA_RANK, modules_to_save=["head"], **options))
 
     return build
 
 
-def full(job: Job, model: nn.Module) -> nn.Module:
+def full(job: Job, model: Any) -> Any:
     return model
 
 
-def probe(job: Job, model: nn.Module) -> nn.Module:
+def probe(job: Job, model: Any) -> Any:
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     return model
 
 
-def contenders() -> dict[str, Callable[[Job, nn.Module], nn.Module]]:
-    baselines: dict[str, Callable[[Job, nn.Module], nn.Module]] = {
+def contenders() -> dict[str, Callable[[Job, Any], Any]]:
+    baselines: dict[str, Callable[[Job, Any], Any]] = {
         "linear probe": probe,
         "lora": of_peft(),
         "rslora": of_peft(use_rslora=True),
@@ -181,12 +188,12 @@ def contenders() -> dict[str, Callable[[Job, nn.Module], nn.Module]]:
     return baselines | {name: ours(name) for name in built()}
 
 
-def started(job: Job, build: Callable[[Job, nn.Module], nn.Module], seed: int) -> nn.Module:
+def started(job: Job, build: Callable[[Job, Any], Any], seed: int) -> Any:
     torch.manual_seed(seed)
     return build(job, SentenceClassifier(copy.deepcopy(job.encoder)))
 
 
-def accuracy(job: Job, model: nn.Module, examples: Sentences) -> float:
+def accuracy(job: Job, model: Any, examples: Sentences) -> float:
     model.eval()
     right = 0
     ordered = sorted(examples, key=lambda pair: len(pair[0]))  # little padding
@@ -197,36 +204,24 @@ def accuracy(job: Job, model: nn.Module, examples: Sentences) -> float:
     return right / len(examples)
 
 
-def fit(job: Job, build: Any, rate: float, steps: int, seed: int) -> tuple[nn.Module, list[float]]:
+def fit(job: Job, build: Any, rate: float, steps: int, seed: int) -> tuple[Any, list[float]]:
     """Train from the start; the model and the seconds of every step."""
     model = started(job, build, seed)
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    training = Training(model, rate, steps)
     generator = torch.Generator().manual_seed(seed)
-    seconds = []
-    for step in range(steps):
+    for _ in range(steps):
         chosen = torch.randint(len(job.train), (job.size.batch,), generator=generator).tolist()
-        one = batch(job, [job.train[i] for i in chosen])
-        begin = time.perf_counter()
-        model(**one).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if hasattr(getattr(model, "base_model", None), "on_step"):
-            model.base_model.on_step(step + 1, steps)  # type: ignore[union-attr, operator]
-        optimizer.zero_grad()
-        schedule.step()
-        seconds.append(time.perf_counter() - begin)
-    return model, seconds
+        training.step(batch(job, [job.train[i] for i in chosen]))
+    return model, training.seconds
 
 
-def saved_bytes(model: nn.Module) -> int:
+def saved_bytes(model: Any) -> int:
     """Of the adapter's weights file, or of the trained tensors where there is none."""
     if not hasattr(model, "peft_config"):
         return sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)  # type: ignore[operator]
+        model.save_pretrained(directory)
         return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
@@ -239,7 +234,7 @@ def run(job: Job, name: str, build: Any) -> dict[str, Any]:
         return 1 - accuracy(job, fit(job, build, rate, job.size.search_steps, seed=0)[0], job.dev)
 
     search = best_rate(mistakes, rates)
-    rate = min(search, key=lambda r: search[r])
+    rate = best(search)
     scores, seconds = [], []
     for seed in range(job.size.seeds):
         model, times = fit(job, build, rate, job.size.steps, seed)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eckart import catalog
@@ -45,14 +47,59 @@ def rank_for(method: str, model: nn.Module, parameters: int) -> int:
     return min(range(1, largest + 1), key=distance)
 
 
+def lora_config(model: nn.Module, rank: int, **options: Any) -> Any:
+    """PEFT's LoRA on every linear of the blocks, with a scale of 1."""
+    from peft import LoraConfig
+
+    names = [ref.name for ref in linears(model).linears]
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, **options)
+
+
+class Training:
+    """AdamW on what is trained, clipped, with one cycle of the rate; tells our adapters of each step.
+
+    Args:
+        model: Built, in training mode.
+        rate: Largest learning rate.
+        steps: How many there will be.
+    """
+
+    def __init__(self, model: Any, rate: float, steps: int) -> None:
+        self.model, self.steps = model, steps
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, batch: Mapping[str, Any]) -> None:
+        """One optimizer step."""
+        begin = time.perf_counter()
+        loss = self.model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        if hasattr(getattr(self.model, "base_model", None), "on_step"):
+            self.model.base_model.on_step(len(self.losses) + 1, self.steps)  # the gradients are still there
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.seconds.append(time.perf_counter() - begin)
+        self.losses.append(float(loss.detach()))
+
+
+def best(found: Mapping[float, float]) -> float:
+    """The rate whose figure is least; NaN is never the best."""
+    return min(found, key=lambda rate: (found[rate] != found[rate], found[rate]))
+
+
 def best_rate(judge: Callable[[float], float], rates: Sequence[float], factor: float = 3.0) -> dict[float, float]:
     """What each rate gives (less is better): of the given ones and, while the best is at an end, of up to two more."""
     found = {rate: judge(rate) for rate in rates}
     for _ in range(2):
-        best = min(found, key=lambda rate: (found[rate] != found[rate], found[rate]))  # NaN is never the best
-        if min(found) < best < max(found):
+        rate = best(found)
+        if min(found) < rate < max(found):
             break
-        further = best / factor if best == min(found) else best * factor
+        further = rate / factor if rate == min(found) else rate * factor
         found[further] = judge(further)
     return found
 

@@ -24,9 +24,7 @@ def job(tmp_path, monkeypatch):
     source = tmp_path / "sums.jsonl"
     source.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
     model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=1)
-    made = adapt_gsm8k.load(
-        adapt_gsm8k.SMOKE, model, tiny_checkpoints.tokenizer(), source=source, out=tmp_path / "rows.json"
-    )
+    made = adapt_gsm8k.load(adapt_gsm8k.SMOKE, model, tiny_checkpoints.tokenizer(), source=source)
     yield adapt_gsm8k, made
     _forget()
 
@@ -42,7 +40,7 @@ def sentiment(tmp_path, monkeypatch):
     examples = [(f"the film is {'good' if i % 2 else 'bad'}", i % 2) for i in range(12)]
     yield (
         adapt_sst2,
-        adapt_sst2.Job(adapt_sst2.SMOKE, encoder, tiny_checkpoints.tokenizer(), examples, examples, examples, tmp_path),
+        adapt_sst2.Job(adapt_sst2.SMOKE, encoder, tiny_checkpoints.tokenizer(), examples, examples, examples),
     )
     _forget()
 
@@ -113,3 +111,10 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_end(job):
     assert list(best_rate(lambda rate: abs(rate - 2.0), (1.0, 2.0, 3.0))) == [1.0, 2.0, 3.0]
     assert list(best_rate(lambda rate: abs(rate - 9.0), (1.0, 2.0, 3.0))) == [1.0, 2.0, 3.0, 9.0, 27.0]
     assert list(best_rate(lambda rate: rate if rate < 2 else float("nan"), (1.0, 2.0, 3.0))) == [1, 2, 3, 1 / 3, 1 / 9]
+
+
+def test_methods_that_read_gradients_get_them(job):
+    module, made = job
+    model = module.fit(made, module.contenders()["adalora"], 1e-3, 6, made.search)["model"]
+    state = model.base_model.coordinators()["default"].state
+    assert sum(float(value.sum()) for name, value in state.items() if name.endswith(".mean")) > 0
