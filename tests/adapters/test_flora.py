@@ -91,13 +91,13 @@ def test_the_start_and_what_moves_first(init):
 
 
 def test_an_update_of_tucker_rank_is_found_where_a_flat_one_of_equal_size_is_not():
-    """16 channels to 16, 3 x 3: a target of Tucker rank (3, 3, 2, 2) has flat rank 3 of 16 x 144."""
+    """16 channels to 16, 3 x 3: what 348 numbers hold exactly, a flat product of 320 misses by more than a tenth."""
     site = Site("layer", "conv2d", 16, 16 * 9, (3, 3))
-    target = numbers(moved(site, scale=1.0).delta(torch.zeros(1)))
-    count = FLoRA().trainable(site, 3)
-    flat_rank = count // (16 + 144)
+    target = numbers(moved(site, rank=6, scale=1.0).delta(torch.zeros(1)))
+    flat_rank = FLoRA().trainable(site, 6) // (16 + 144)
+    assert flat_rank == 2
     s = np.linalg.svd(target, compute_uv=False)
-    assert flat_rank == 0 or (s[flat_rank:] ** 2).sum() > 0.1 * (s**2).sum()
+    assert (s[flat_rank:] ** 2).sum() > 0.1 * (s**2).sum()
 
 
 def test_what_does_not_fit():
