@@ -10,6 +10,7 @@ EMNLP Findings 2024, arXiv 2406.12832; code: ArminAzizi98/LaMDA. The released co
 Kaiming uniform, B zero), and leaves the factor r out of its schedule, so that at most three columns are ever frozen.
 A column that is frozen stays to the bit here; the code zeroes its gradient, and momentum and weight decay move it on.
 The exact rule of LaMDA++ is not published; this one meets the budget of r a layer exactly.
+Under DistributedDataParallel pass ``find_unused_parameters=True``: B leaves the reduction when it is frozen.
 """
 
 from __future__ import annotations
