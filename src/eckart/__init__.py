@@ -50,7 +50,7 @@ _LAZY = {
     "spectra": "eckart.analysis",
     "svd": "eckart.linalg",
 }
-_ROOMS = ("adapters", "analysis", "compression", "linalg", "models", "structures")
+_ROOMS = ("adapters", "analysis", "compression", "linalg", "models", "optim", "structures")
 
 
 def __getattr__(name: str) -> Any:

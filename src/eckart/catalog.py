@@ -128,7 +128,7 @@ METHODS: tuple[Method, ...] = (
     Method("coap", "optim", "Memory-Efficient Training with Correlation-Aware Gradient Projection", "2412.00071", 2024),
     Method("dct-adamw", "optim", "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models", "2505.17967", 2025),
     Method("fira", "optim", "Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", "2410.01623", 2024),
-    Method("galore", "optim", "Memory-Efficient LLM Training by Gradient Low-Rank Projection", "2403.03507", 2024),
+    Method("galore", "optim", "Memory-Efficient LLM Training by Gradient Low-Rank Projection", "2403.03507", 2024, "experimental", "eckart.optim.galore:GaLore"),
     Method("galore-plus", "optim", "Boosting Low-Rank Adaptation for LLMs with Cross-Head Projection", "2412.19820", 2024),
     Method("gwt", "optim", "Breaking Memory Limits: Gradient Wavelet Transform Enhances LLMs Training", "2501.07237", 2025),
     Method("lift", "optim", "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised Fine-Tuning", "2506.00772", 2025),

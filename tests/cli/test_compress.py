@@ -257,7 +257,7 @@ def test_layers_left_alone_are_listed(tmp_path, run):
         (("--bytes", "1GB"), "1,000,000,000 bytes cannot be reached"),
         (("--ratio", "0.2", "--rank", "4"), "give one budget, not ratio and rank"),
         (("--method", "svdllm"), "unknown method 'svdllm'; did you mean svd-llm"),
-        (("--method", "galore"), "galore (optim, planned) cannot compress a model; methods that can: asvd"),
+        (("--method", "cycleqd"), "cycleqd (merging, planned) cannot compress a model; methods that can: asvd"),
         (("--set", "mix=2"), "mix must lie in [0, 1], not 2"),
         (("--set", "mix=high"), "--set mix=high is no float"),
         (("--set", "mixture=1"), "pifa has no option mixture; it has: mix, ridge"),

@@ -66,12 +66,12 @@ def test_no_such_methods(capsys):
 
 
 def test_page_of_a_planned_method(capsys):
-    code, out, err = _run(capsys, "galore")
-    method = catalog.get("galore")
+    code, out, err = _run(capsys, "cycleqd")
+    method = catalog.get("cycleqd")
     assert (code, err) == (0, "")
-    for text in ("galore", "optim, planned", method.title, "2403.03507", "2024", "no code yet"):
+    for text in ("cycleqd", "merging, planned", method.title, "2410.14735", "2024", "no code yet"):
         assert text in out
-    page = _json(capsys, "galore")
+    page = _json(capsys, "cycleqd")
     assert page["options"] == [] == page["needs"]
     assert page["equation"] == ""
 

@@ -36,6 +36,7 @@ from .masked import MaskedSVD, masked_svd
 from .matrix_sqrt import MatrixSqrt, matrix_sqrt
 from .norms import frobenius_norm, nuclear_norm, nuclear_norm_l12, relative_error, schatten_norm, spectral_norm
 from .nystrom import Nystrom, NystromSelection, nystrom
+from .orthogonal_iteration import orthogonal_iteration
 from .pursuit import SparseCodes, orthogonal_matching_pursuit
 from .randomized_pivoting import PairFactors, PairKind, PairOrder, RandomizedPivoting, factor_by_pairs
 from .rank import (
@@ -242,6 +243,7 @@ __all__ = [
     "nuclear_norm_l12",
     "num_parameters",
     "nystrom",
+    "orthogonal_iteration",
     "orthogonal_matching_pursuit",
     "pivot_rows",
     "principal_angles",

@@ -1,0 +1,75 @@
+"""The subspace that a gradient is projected on: finding it, improving it, changing to another.
+
+R = A Q,   A (a, b) = G or Gᵀ, Q (b, r) with Qᵀ Q = I, near the leading right singular vectors of A
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linalg import eigh, orthogonal_iteration, svd
+from .moments import State, load, store
+from .sharding import left_product, right_product, whole
+
+__all__ = ["carry_moments", "exact_basis", "improved_basis"]
+
+_OVERSAMPLING = 16  # random directions tried beside the basis that is there
+_DENSE_FROM = 0.5  # share of the directions from which the Gram matrix is decomposed instead
+
+
+def improved_basis(
+    a: Tensor, start: Tensor | None, rank: int, generator: torch.Generator, *, iterations: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Q (b, r) near the leading right singular vectors of A, and R = A Q, at about the cost of a further projection.
+
+    Orthogonal iteration on Aᵀ A from the basis that is there, with 16 random directions beside it, so that what the
+    basis has not seen can enter; the Gram matrix of the product turns the result into approximate singular vectors.
+    Where r is half of b or more the Gram matrix of A is decomposed.
+
+    Args:
+        a: A (a, b).
+        start: (b, r), or None for none, which costs an iteration more.
+        rank: r < b.
+        generator: Source of the random directions, on A's device.
+        iterations: Products with Aᵀ A.
+    """
+    size = a.shape[1]
+    norm = float(whole(torch.linalg.vector_norm(a)))
+    inverse = 1 / norm if norm > 0 else 1.0
+
+    def gram(x: Tensor) -> Tensor:
+        return left_product(a, right_product(a, x * inverse) * inverse)
+
+    width = rank + _OVERSAMPLING
+    if width >= _DENSE_FROM * size:
+        q = eigh(gram(torch.eye(size, dtype=a.dtype, device=a.device)), rank).vectors
+        return q, right_product(a, q)
+    columns = width if start is None else _OVERSAMPLING
+    fresh = torch.randn(size, columns, generator=generator, dtype=a.dtype, device=a.device) / size**0.5
+    block = fresh if start is None else torch.cat([start.to(a.dtype), fresh], dim=1)
+    q = orthogonal_iteration(gram, block, iterations + (start is None))
+    low = right_product(a, q)
+    turn = eigh(left_product(low * inverse, low * inverse), rank).vectors
+    return q @ turn, low @ turn if low is whole(low) else right_product(low, turn)
+
+
+def exact_basis(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Q (b, r), the leading right singular vectors of A by a full decomposition, and R = A Q; gathers a sharded A."""
+    q = svd(whole(a), rank, driver="exact").vh.mT.contiguous()
+    return q, right_product(a, q)
+
+
+def carry_moments(state: State, old: Tensor, new: Tensor) -> None:
+    """Express moments kept in one basis in another: M ← M (Qᵀ Q'), V ← (√V (Qᵀ Q'))∘².
+
+    Args:
+        state: With "first" and "second" (a, r).
+        old: Q (b, r).
+        new: Q' (b, r).
+    """
+    turn = old.mT.to(new.dtype) @ new
+    if "first" in state:
+        store(state, "first", right_product(load(state, "first", new.dtype), turn))
+    if "second" in state:
+        store(state, "second", right_product(load(state, "second", new.dtype).sqrt(), turn).square())

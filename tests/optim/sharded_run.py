@@ -1,0 +1,83 @@
+"""Trains a small model under FSDP2 with every optimizer, in as many processes as torchrun starts.
+
+Arguments: "start" or "resume", directory. Started, it makes BEFORE steps, saves a distributed checkpoint and makes
+AFTER more; resumed, it makes those from the checkpoint. The weights are written for the test to read.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from eckart import catalog
+from eckart.optim import ProjectedOptimizer, low_rank_groups, optimizer_class
+
+METHODS = [(row.name, bits) for row in catalog.select(family="optim") if row.status != "planned" for bits in (32, 8)]
+BEFORE, AFTER, EXAMPLES, WIDTH, INNER = 4, 3, 12, 96, 131
+
+
+def build() -> nn.Module:
+    """Matrices taller than wide and wider than tall, rows that do not divide evenly, a norm and biases."""
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(WIDTH, INNER), nn.Tanh(), nn.LayerNorm(INNER), nn.Linear(INNER, WIDTH))
+        for _ in range(2)
+    ]
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Linear(WIDTH, 5)})
+
+
+def optimizer(model: nn.Module, method: str, bits: int) -> ProjectedOptimizer:
+    kind = optimizer_class(method, bits=bits)
+    options = {"update_interval": 3} if "update_interval" in kind.method.__dataclass_fields__ else {}
+    return kind(low_rank_groups(model, rank=4, where="layers.*"), lr=0.003, **options)
+
+
+def train(model: nn.Module, chosen: ProjectedOptimizer, first: int, steps: int, share: slice) -> None:
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(EXAMPLES, WIDTH, generator=generator), torch.randn(EXAMPLES, 5, generator=generator)
+        inner = x[share]
+        for block in model["layers"]:
+            inner = inner + block(inner)
+        (model["head"](inner) - y[share]).square().mean().backward()
+        chosen.step()
+        chosen.zero_grad()
+
+
+def main() -> None:
+    phase, directory = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    share = slice(rank * EXAMPLES // size, (rank + 1) * EXAMPLES // size)
+    for method, bits in METHODS:
+        model, checkpoint = build(), directory / f"{method}-{bits}"
+        for block in model["layers"]:
+            fully_shard(block)
+        fully_shard(model["head"])
+        chosen = optimizer(model, method, bits)
+        if phase == "start":
+            train(model, chosen, 0, BEFORE, share)
+        weights, state = get_state_dict(model, chosen)
+        saved = {"model": weights, "optimizer": state}
+        if phase == "start":
+            dcp.save(saved, checkpoint_id=checkpoint)
+        else:
+            dcp.load(saved, checkpoint_id=checkpoint)
+            set_state_dict(model, chosen, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        train(model, chosen, BEFORE, AFTER, share)
+        found = {name: p.detach().full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        if rank == 0:
+            torch.save(found, directory / f"{method}-{bits}-{phase}-{size}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
