@@ -1,0 +1,79 @@
+"""The job that compares optimizers runs for every row, in its smallest size, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_checkpoints
+from eckart import catalog
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The module and its two smoke-sized jobs on a text and a few sums."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import optimize_lm
+
+    words, sums = tmp_path / "text.txt", tmp_path / "sums.jsonl"
+    words.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    sums.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
+    model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=1)
+    size = optimize_lm.SMOKE
+    tuning = optimize_lm.tuning(size, model, tiny_checkpoints.tokenizer(), source=sums)
+    yield optimize_lm, (optimize_lm.pretraining(size, source=words), tuning)
+    for name in ("optimize_lm", "adapter_job", "common", "language_model"):
+        sys.modules.pop(name, None)
+
+
+def test_every_built_optimizer_is_a_contender(job):
+    module, _ = job
+    built = {row.name for row in catalog.select(family="optim") if row.status != "planned"}
+    assert built | {f"{name} 8-bit" for name in built} | {"adamw", "muon", "adafactor"} <= set(module.contenders())
+
+
+def test_every_row_can_be_measured(job):
+    module, jobs = job
+    for name, contender in module.contenders().items():
+        if name.startswith("torchao"):
+            continue  # compiles for half a minute
+        row = module.run(jobs, name, contender)
+        for part in ("pre-training", "fine-tuning"):
+            assert row[part]["loss"] == row[part]["loss"], name
+            assert row[part]["state bytes"] > 0
+            assert len(row[part]["curve"]) == row[part]["steps"]
+
+
+def test_bytes_of_a_state_are_counted_once_and_inside_of_objects(job):
+    module, _ = job
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.AdamW([parameter])
+
+    class Holder:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    shared = torch.zeros(10)
+    optimizer.state[parameter] = {"a": shared, "b": [shared[:3], Holder(torch.zeros(2, dtype=torch.int8))]}
+    assert module.bytes_of_state(optimizer) == 40 + 40 + 2  # a view keeps all of its storage
+
+
+def test_a_table_and_a_picture(job, tmp_path, monkeypatch):
+    module, jobs = job
+    row = module.run(jobs, "galore", module.contenders()["galore"])
+    path, page, picture = (tmp_path / name for name in ("rows.json", "page.md", "picture.png"))
+    module.add_row(path, "galore", row)
+    page.write_text("before\n<!-- table -->\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(module, "PAGE", page)
+    monkeypatch.setattr(module, "PICTURE", picture)
+    module.table(module.rows(path))
+    assert "| galore |" in page.read_text()
+    pytest.importorskip("matplotlib")
+    module.draw(path)
+    assert picture.stat().st_size > 1000
