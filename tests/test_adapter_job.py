@@ -23,7 +23,7 @@ def job(tmp_path, monkeypatch):
 
     source = tmp_path / "sums.jsonl"
     source.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
-    model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=1)
+    model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=2)
     made = adapt_gsm8k.load(adapt_gsm8k.SMOKE, model, tiny_checkpoints.tokenizer(), source=source)
     yield adapt_gsm8k, made
     _forget()

@@ -90,3 +90,12 @@ def test_wrong_arguments_change_nothing(arguments, message):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_what_is_trained_whole_is_not_added_in_silence():
+    model = adapt(
+        tiny_models.FAMILIES["llama"](), "pissa", 3, adapter_name="one", modules_to_save=["lm_head"], progress=False
+    )
+    with pytest.raises(ValueError, match="one trains lm_head whole, which cannot be added; merge it instead"):
+        model.base_model.add_weighted_adapter(["one"], [1.0], "sum")
+    assert set(model.peft_config) == {"one"}

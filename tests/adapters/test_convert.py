@@ -43,6 +43,15 @@ def test_at_the_exact_rank_peft_gives_the_same_logits(family, tmp_path):
     assert type(lora.peft_config["default"]).__name__ == "LoraConfig"
 
 
+def test_modules_that_are_trained_whole_go_with_it(tmp_path):
+    model = moved(modules_to_save=["lm_head"])
+    to_lora(model, tmp_path / "lora")
+    torch.manual_seed(0)
+    lora = PeftModel.from_pretrained(tiny_models.FAMILIES["llama"]().eval(), tmp_path / "lora").eval()
+    assert torch.allclose(logits(lora), logits(model), atol=2e-5)
+    assert not torch.equal(model.lm_head.weight, model.get_base_model().lm_head.original_module.weight)
+
+
 def test_below_it_the_error_is_that_of_the_best_approximation(tmp_path):
     model = moved(where="*.up_proj")
     done = to_lora(model, tmp_path / "lora", rank=2)

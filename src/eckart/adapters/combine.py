@@ -57,7 +57,7 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: An unknown adapter, a name that is taken, no adapters, a rank below 1, a weight that is not
-            finite, or an adapter that is no linear map.
+            finite, or an adapter that is no linear map or trains modules whole.
     """
     unknown = sorted(set(weights) - set(tuner.peft_config))
     if unknown or not weights:
@@ -68,6 +68,11 @@ def add_weighted_adapter(
         raise ValueError(f"rank must be at least 1, not {rank}")
     if not torch.tensor(list(weights.values())).isfinite().all():
         raise ValueError(f"weights must be finite, not {list(weights.values())}")
+    for key in weights:
+        if whole := getattr(tuner.peft_config[key], "modules_to_save", None):
+            raise ValueError(
+                f"{key} trains {', '.join(sorted(whole)[:3])} whole, which cannot be added; merge it instead"
+            )
     layers = {
         key: module
         for key, module in tuner.model.named_modules()

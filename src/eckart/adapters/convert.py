@@ -105,7 +105,7 @@ def best_factors(delta: Tensor | tuple[Tensor, Tensor], rank: int | None = None)
 def to_lora(
     model: PeftModel, out: str | Path, rank: int | None = None, *, adapter_name: str = "default", force: bool = False
 ) -> Conversion:
-    """Write an adapter of ours as a PEFT LoRA on the same base model.
+    """Write an adapter of ours as a PEFT LoRA on the same base model, with what it trains whole.
 
     Args:
         model: What `eckart.adapt` or `PeftModel.from_pretrained` gave.
@@ -121,7 +121,7 @@ def to_lora(
         ValueError: The model has no such adapter, or the rank is below 1.
         FileExistsError: ``out`` exists and ``force`` is not given.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     if rank is not None and rank < 1:
@@ -144,15 +144,20 @@ def to_lora(
         if b.shape[1] != chosen:
             pattern[name] = b.shape[1]
         tensors |= _named(f"base_model.model.{name}", layer, b, a)
+    theirs: Any = model.peft_config[adapter_name]
+    if theirs.modules_to_save:
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        tensors |= {key: value for key, value in state.items() if ".eckart_adapters." not in key}
     config = LoraConfig(
+        modules_to_save=theirs.modules_to_save,
         r=chosen,
         lora_alpha=chosen,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),  # alpha / r stays 1
         target_modules=sorted(layers),
         fan_in_fan_out=any(linear_kind(layer.get_base_layer()) == "conv1d" for layer in layers.values()),
-        task_type=model.peft_config[adapter_name].task_type,
-        base_model_name_or_path=model.peft_config[adapter_name].base_model_name_or_path,
+        task_type=theirs.task_type,
+        base_model_name_or_path=theirs.base_model_name_or_path,
         inference_mode=True,
     )
     with atomic_directory(out, force=force) as directory:

@@ -116,7 +116,7 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_setting(pair: str) -> tuple[str, Any]:
-    """An option of a method, from name=value: a number, true, false, none or a word.
+    """An option of a method, from name=value: a number, numbers with commas, true, false, none or a word.
 
     Raises:
         ValueError: if there is no name or no value.
@@ -124,6 +124,8 @@ def parse_setting(pair: str) -> tuple[str, Any]:
     Example:
         >>> parse_setting("ridge=1e-4"), parse_setting("update=true"), parse_setting("whitening=eigen")
         (('ridge', 0.0001), ('update', True), ('whitening', 'eigen'))
+        >>> parse_setting("blocks=0,-1"), parse_setting("blocks=-1,")
+        (('blocks', (0, -1)), ('blocks', (-1,)))
     """
     name, _, text = (part.strip() for part in pair.partition("="))
     if not name or not text:
@@ -132,7 +134,7 @@ def parse_setting(pair: str) -> tuple[str, Any]:
     value: Any = words.get(text.lower(), text)
     for kind in (int, float):
         try:
-            value = kind(text)
+            value = tuple(map(kind, filter(None, text.split(",")))) if "," in text else kind(text)
             break
         except ValueError:
             continue
