@@ -101,7 +101,7 @@ METHODS: tuple[Method, ...] = (
     Method("edora", "adapters", "Efficient Weight-Decomposed Low-Rank Adaptation via Singular Value Decomposition", "2501.12067", 2025, "experimental", "eckart.adapters.edora:EDoRA"),
     Method("effort", "adapters", "Efficient Orthogonal Modeling / Orthogonal Subspace Decomposition for Generalizable AI-Generated Image Detection", "2411.15633", 2024, "experimental", "eckart.adapters.effort:Effort"),
     Method("eva", "adapters", "One Initialization to Rule them All - Fine-tuning via Explained Variance Adaptation", "2410.07170", 2024, "measured", "eckart.adapters.eva:EVA", needs=("gram", "mean")),
-    Method("explora", "adapters", "Parameter-Efficient Extended Pre-Training to Adapt Vision Transformers under Domain Shifts", "2406.10973", 2024),
+    Method("explora", "adapters", "Parameter-Efficient Extended Pre-Training to Adapt Vision Transformers under Domain Shifts", "2406.10973", 2024, "experimental", "eckart.adapters.explora:ExPLoRA"),
     Method("flora", "adapters", "Low-Rank Core Space for N-dimension", "2405.14739", 2024, "experimental", "eckart.adapters.flora:FLoRA"),
     Method("goat", "adapters", "Make LoRA Great Again - Boosting LoRA with Adaptive Singular Values and Mixture-of-Experts Optimization Alignment", "2502.16894", 2025, "experimental", "eckart.adapters.goat:GOAT"),
     Method("hydra", "adapters", "Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", "2309.06922", 2023, "experimental", "eckart.adapters.hydra:Hydra"),

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 import tiny_models
@@ -49,6 +50,15 @@ def move(model: nn.Module, seed: int = 1) -> None:
             parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
+def whole_modules(model: PeftModel) -> dict[str, nn.Module]:
+    """The originals of the modules that are trained whole, by their names in the base."""
+    return {
+        name.removeprefix("base_model.model."): module.original_module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     # Weights of the tiny models are of order 0.1 and logits of order 1: float32 rounding over four layers.
     return torch.allclose(a, b, rtol=1e-4, atol=2e-5)
@@ -63,9 +73,12 @@ def test_only_the_adapter_is_trained_and_the_count_is_the_formula(method):
     assert layers
     sites = {name: layer.site for name, layer in layers.items()}
     ranks = {name: layer.eckart_adapters["default"].rank for name, layer in layers.items()}
-    expected = rule.total_trainable(sites, ranks)
+    whole = whole_modules(model)
+    assert bool(whole) == rule.whole_modules
+    expected = rule.total_trainable(sites, ranks) + sum(p.numel() for m in whole.values() for p in m.parameters())
     assert model.get_nb_trainable_parameters()[0] == expected
-    assert all("eckart_adapters" in name for name, p in model.named_parameters() if p.requires_grad)
+    places = ("eckart_adapters", *(f"{name}.modules_to_save.default." for name in whole))
+    assert all(any(place in name for place in places) for name, p in model.named_parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
@@ -79,8 +92,14 @@ def test_the_base_is_not_touched(method):
     assert not close(logits(model), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
+    whole = whole_modules(model)
+    for name, module in whole.items():
+        assert all(torch.equal(value, weights[f"{name}.{key}"]) for key, value in module.state_dict().items())
     left = model.unload()
+    for name, module in whole.items():  # PEFT keeps what was trained whole when it unloads
+        left.set_submodule(name, module)
     assert torch.equal(logits(left), expected)
+    assert left.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in left.state_dict().items())
 
 
@@ -178,14 +197,20 @@ def test_several_adapters_on_one_base(method):
     assert {p.requires_grad for n, p in model.named_parameters() if ".second." in n} == {False}
     model.set_adapter("second")
     assert torch.equal(logits(model), second)
-    model.base_model.set_adapter(["default", "second"])
-    both = logits(model)
-    assert not close(both, first)
-    assert not close(both, second)
-    if RULES[method].mergeable:
-        model.merge_adapter()
-        assert close(logits(model), both)
-        model.unmerge_adapter()
+    if RULES[method].whole_modules:
+        with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+            model.base_model.set_adapter(["default", "second"])
+        model.set_adapter("second")
+        assert torch.equal(logits(model), second)
+    else:
+        model.base_model.set_adapter(["default", "second"])
+        both = logits(model)
+        assert not close(both, first)
+        assert not close(both, second)
+        if RULES[method].mergeable:
+            model.merge_adapter()
+            assert close(logits(model), both)
+            model.unmerge_adapter()
     model.delete_adapter("second")
     model.set_adapter("default")
     assert torch.equal(logits(model), first)

@@ -140,11 +140,14 @@ class AdapterMethod(ABC):
         needs: Calibration statistics that `Adapter.initialize` wants, from `eckart.models.calibrate.NEEDS`.
         kinds: Kinds of site it is defined for.
         mergeable: Whether the adapted layer is a linear map with one weight; if not, `Adapter.delta` raises.
+        whole_modules: Whether `configure` has modules of the model trained whole beside the adapters. PEFT then trains
+            and saves copies of them, keeps those when it unloads, and has one adapter of that kind active at a time.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
     mergeable: ClassVar[bool] = True
+    whole_modules: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, site: Site, rank: int, scale: float) -> Adapter:

@@ -30,6 +30,7 @@ def plan(model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
     method = config.build_method()
     if not config.initialized:
         method.configure(model, config)
+        method = config.build_method()  # it may have set options
     if config.target_modules is None:
         config.target_modules = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}
     _maybe_include_all_linear_layers(config, model)
