@@ -38,6 +38,23 @@ def step(model: Any, batch: Any) -> Any:
     return run
 
 
+def activation_bytes(model: Any, batch: Any) -> int:
+    """What a forward pass keeps for the backward pass, weights left out."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch, labels=batch["input_ids"]).loss  # held: what is freed may be allocated again
+    del loss
+    return sum(kept.values())
+
+
 def main() -> None:
     model, tokenizer = demo()
     figures: dict[str, float] = {}
@@ -62,10 +79,13 @@ def main() -> None:
 
     batch = calibration(tokenizer, samples=2)[0]
     batch = {"input_ids": batch["input_ids"][:2, :256]}
-    contenders = {"LoRA of PEFT": step(peft(copy.deepcopy(model)).train(), batch)}
-    for name, options in (("nlora", {"variant": "slora"}), ("pissa", {}), ("sorsa", {}), ("lora-xs", {})):
+    lora = peft(copy.deepcopy(model)).train()
+    contenders = {"LoRA of PEFT": step(lora, batch)}
+    kept = {"LoRA of PEFT": activation_bytes(lora, batch)}
+    for name, options in (("nlora", {"variant": "slora"}), ("pissa", {}), ("sorsa", {}), ("lora-xs", {}), ("paca", {})):
         adapted = adapt(copy.deepcopy(model), name, RANK, options=options, progress=False).train()
         contenders[name] = step(adapted, batch)
+        kept[name] = activation_bytes(adapted, batch)
     seconds = interleaved(contenders, repeats=9)
     figures["step, 512 tokens: seconds, LoRA of PEFT"] = medians(seconds)["LoRA of PEFT"]
     for name in contenders:
@@ -73,6 +93,9 @@ def main() -> None:
             figures[f"step: {name} / LoRA of PEFT (<= 1.05 for additive methods)"] = ratio(
                 seconds, name, "LoRA of PEFT"
             )
+    for name, size in kept.items():
+        figures[f"kept for the backward pass, 512 tokens: {name}, MB"] = size / 1e6
+    figures["paca / LoRA of PEFT, kept for the backward pass (< 1)"] = kept["paca"] / kept["LoRA of PEFT"]
     record("adapters", figures)
 
 

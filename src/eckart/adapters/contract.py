@@ -220,3 +220,17 @@ class AdapterMethod(ABC):
     def coordinate(self, adapters: Mapping[str, Adapter], seed: int) -> Coordinator | None:
         """What the adapters do together, or None where they are independent."""
         return None
+
+    def training_order(self, examples: int, batch: int, steps: int, seed: int) -> list[int] | None:
+        """Which example each place of a whole training run takes, where the method has a say; None for any order.
+
+        Args:
+            examples: How many there are.
+            batch: Examples in one optimizer step, over all its micro-batches and processes.
+            steps: Optimizer steps.
+            seed: Of the order.
+
+        Returns:
+            ``steps * batch`` indices below ``examples``, to be read in sequence.
+        """
+        return None

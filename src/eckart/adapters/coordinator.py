@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .contract import Adapter
 
-__all__ = ["Coordinator"]
+__all__ = ["IGNORED_LABEL", "Coordinator"]
+
+IGNORED_LABEL = -100  # of a token that does not count, in all of transformers
 
 
 class Coordinator:
@@ -27,11 +29,14 @@ class Coordinator:
 
     Attributes:
         counts_steps: Whether training without `on_step` is an error.
+        needs_reference: Whether `observe_reference` is to be called, which costs a forward pass more. The class or
+            the instance says so.
         state: Tensors that a resumed run needs and that the adapters do not hold themselves. They go into the
             Trainer's checkpoints, not into a saved adapter.
     """
 
     counts_steps: ClassVar[bool] = True
+    needs_reference: bool = False
 
     def __init__(self, adapters: Mapping[str, Adapter], seed: int = 0) -> None:
         self.adapters = dict(adapters)
@@ -42,6 +47,9 @@ class Coordinator:
 
     def before_forward(self, kwargs: dict[str, Any], training: bool) -> None:
         """Called before the model runs; may read its keyword arguments, and take away what is meant for itself."""
+
+    def observe_reference(self, output: Any) -> None:
+        """Given the output of the model without adapters for the same batch, before each training forward pass."""
 
     def observe(self, loss: Tensor) -> None:
         """Given the loss of each training forward pass, before the penalties are added."""

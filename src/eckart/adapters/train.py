@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..models.answers import Example
 from ..models.evaluate import peak_memory
 from ..models.groups import evaluating
 from .callback import EckartCallback
+from .config import EckartConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -180,7 +182,7 @@ def train(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=list(examples),
+        train_dataset=_in_order(model, examples, arguments),
         data_collator=collate,
         callbacks=[EckartCallback(), _Bar(progress)],
     )
@@ -196,6 +198,24 @@ def train(
     history = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
     steps = outcome.global_step
     return Trained(steps, before, after, seconds, seconds / max(steps, 1), peak_memory(), history)
+
+
+def _in_order(model: PeftModel, examples: Sequence[Example], arguments: Any) -> list[Example]:
+    """The examples, in the order of the whole run where the method has one; the Trainer is then told to keep it."""
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = arguments.max_steps
+    if steps < 0:
+        steps = math.ceil(arguments.num_train_epochs * math.ceil(len(examples) / batch))  # as the Trainer counts
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if not isinstance(config, EckartConfig):
+            continue
+        order = config.build_method().training_order(len(examples), batch, steps, arguments.data_seed)
+        if order is not None:
+            arguments.max_steps = steps
+            arguments.train_sampling_strategy = "sequential"
+            return [examples[index] for index in order]
+    return list(examples)
 
 
 class _Bar(TrainerCallback):

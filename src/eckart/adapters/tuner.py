@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from .combine import add_weighted_adapter
 from .contract import Adapter
-from .coordinator import Coordinator
+from .coordinator import IGNORED_LABEL, Coordinator
 from .fingerprint import check_fingerprints
 from .layer import EckartLayer
 from .plan import plan
+from .reference import reference_output
 
 __all__ = ["EckartModel"]
-
-_IGNORED = -100  # the label of a token that does not count, in all of transformers
 
 
 class EckartModel(BaseTuner):
@@ -139,6 +138,11 @@ class EckartModel(BaseTuner):
             if module.training:
                 coordinator.check_counted()
             coordinator.before_forward(kwargs, module.training)
+        asking = [coordinator for coordinator in self.coordinators().values() if coordinator.needs_reference]
+        if asking and module.training and torch.is_grad_enabled():
+            output = reference_output(module, args, kwargs)
+            for coordinator in asking:
+                coordinator.observe_reference(output)
         return args, kwargs
 
     def _add_penalty(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -158,7 +162,7 @@ class EckartModel(BaseTuner):
         penalty = self.penalty() if loss is not None else None
         if loss is not None and penalty is not None:
             items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-            share = 1.0 if items is None or labels is None else labels.ne(_IGNORED).sum() / items
+            share = 1.0 if items is None or labels is None else labels.ne(IGNORED_LABEL).sum() / items
             output["loss"] = loss + penalty.to(loss) * share
         return output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from .kinds import is_norm
 from .topology import Block, blocks
 
 __all__ = ["backbone_blocks", "norms", "pretrained_models"]
@@ -40,8 +41,6 @@ def backbone_blocks(model: nn.Module) -> list[Block]:
 def norms(block: Block) -> dict[str, nn.Module]:
     """The norms of a block that have parameters, by full name.
 
-    A norm is known by its class: in structure nothing but its arithmetic sets it apart from a layer scale.
-
     Example:
         >>> layer = lambda: nn.TransformerEncoderLayer(8, 2, 16)
         >>> list(norms(blocks(nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()])}))[0]))
@@ -50,7 +49,7 @@ def norms(block: Block) -> dict[str, nn.Module]:
     return {
         f"{block.name}.{name}": module
         for name, module in block.module.named_modules()
-        if "norm" in type(module).__name__.lower()
+        if is_norm(module)
         and any(True for _ in module.parameters())
         and not list(module.children())
     }

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..structures import Structure
 
-__all__ = ["Kind", "is_four_bit", "linear_kind", "owners", "untreatable"]
+__all__ = ["Kind", "is_four_bit", "is_norm", "linear_kind", "owners", "untreatable"]
 
 Kind = Literal["linear", "conv1d", "structure"]
 
@@ -99,6 +99,16 @@ def is_four_bit(module: nn.Module) -> bool:
         False
     """
     return hasattr(getattr(module, "weight", None), "quant_state")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, known by its class: in structure a layer scale is no different.
+
+    Example:
+        >>> is_norm(nn.LayerNorm(3)), is_norm(nn.Linear(3, 3))
+        (True, False)
+    """
+    return "norm" in type(module).__name__.lower()
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structures import Structure
-from .kinds import Kind, linear_kind, owners, untreatable
+from .kinds import Kind, is_norm, linear_kind, owners, untreatable
 from .topology import block_of, blocks
 
 __all__ = ["LinearRef", "Selection", "Skipped", "Where", "linears", "nearest"]
@@ -134,7 +134,7 @@ def linears(model: nn.Module, where: Where | None = None, *, quantized: bool = F
     every = {name: module for name, module in _outermost(model) if linear_kind(module)}
     if not every:
         raise ValueError(f"{type(model).__name__} has no linear layers (nn.Linear or Conv1D) to work on")
-    bare = {name: owner for name, owner in _bare_matrices(model, every).items() if not _is_norm(owner)}
+    bare = {name: owner for name, owner in _bare_matrices(model, every).items() if not is_norm(owner)}
     chosen = _in_blocks(model, [*every, *bare]) if where is None else _matching(where, every, bare)
 
     names_of = owners(model)
@@ -181,10 +181,6 @@ def _bare_matrices(model: nn.Module, every: dict[str, nn.Module]) -> dict[str, n
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2
     }
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
 
 
 def _in_blocks(model: nn.Module, names: list[str]) -> set[str]:
