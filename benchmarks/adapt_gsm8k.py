@@ -175,7 +175,7 @@ def fit(
     job: Job, build: Callable[[Job], Any], rate: float, steps: int, judge: list[Example], seed: int = 0
 ) -> dict[str, Any]:
     """Train from the start with one learning rate; losses, times, and the model."""
-    from eckart.adapters.train import answer_loss
+    from eckart.models.training import answer_loss
 
     collate = collator(job)
     torch.manual_seed(seed)

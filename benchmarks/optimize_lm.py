@@ -282,7 +282,7 @@ class Tuning:
     def run(self, build: Build, rate: float, steps: int) -> Run:
         from transformers import DataCollatorForSeq2Seq
 
-        from eckart.adapters.train import answer_loss
+        from eckart.models.training import answer_loss
 
         model, size = copy.deepcopy(self.model), self.size
         collate = DataCollatorForSeq2Seq(self.tokenizer, padding=True)

@@ -14,7 +14,8 @@ from eckart.adapters.adalora import AdaLoRA
 from eckart.adapters.bilevel import hypergradient, split_indices
 from eckart.adapters.bilora import BiLoRA
 from eckart.adapters.site import Site
-from eckart.adapters.train import Schedule, train
+from eckart.adapters.train import train
+from eckart.models.training import Schedule
 from eckart.models import load_tokenizer
 from every_kind import every_kind
 

@@ -9,7 +9,28 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli._options import Device, Dtype, Field, Json, Model, Quiet, Where, load_model, parse_setting, prepare
-from eckart.cli._output import console, print_json
+from eckart.cli._output import print_json
+from eckart.cli._training import (
+    Accumulation,
+    BatchSize,
+    Data,
+    Epochs,
+    Force,
+    HeldOut,
+    MixedPrecision,
+    Resume,
+    SaveEvery,
+    Seed,
+    Setting,
+    Steps,
+    Template,
+    Tensorboard,
+    TokensEach,
+    Workspace,
+    print_figures,
+    read_training_data,
+    split_off,
+)
 
 
 def command(
@@ -21,38 +42,24 @@ def command(
         float | None, typer.Option(help="The update is scaled by alpha / rank.  [default: the rank]")
     ] = None,
     where: Where = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="An option of the method, as name=value; see `eckart methods NAME`."),
-    ] = None,
-    data: Annotated[
-        str, typer.Option(help="Training data: JSONL file, text file or hub data set.  [default: Python documentation]")
-    ] = "",
-    template: Annotated[
-        str,
-        typer.Option(help="For JSONL: 'PROMPT => ANSWER' with field names in braces; only the answer is learnt."),
-    ] = "",
+    option: Setting = None,
+    data: Data = "",
+    template: Template = "",
     field: Field = "text",
-    held_out: Annotated[
-        int, typer.Option(min=0, help="Examples at the end of the data to measure the loss on, not to train on.")
-    ] = 64,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    held_out: HeldOut = 64,
+    steps: Steps = None,
+    epochs: Epochs = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a forward pass.")] = 4,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes a step.")] = 1,
-    length: Annotated[int, typer.Option(min=8, help="Tokens an example at the most.")] = 512,
-    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    workspace: Annotated[
-        Path | None, typer.Option(help="Directory for checkpoints and logs, to resume from.  [default: none kept]")
-    ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints in the workspace.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the workspace's last checkpoint.")] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write tensorboard logs to the workspace.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace the directory if it holds an adapter.")] = False,
+    batch_size: BatchSize = 4,
+    accumulation: Accumulation = 1,
+    length: TokensEach = 512,
+    mixed_precision: MixedPrecision = "no",
+    workspace: Workspace = None,
+    save_every: SaveEvery = 100,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+    seed: Seed = 0,
+    force: Force = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -61,9 +68,10 @@ def command(
     """Fine-tune a model through an adapter with transformers' Trainer, and save the adapter."""
     prepare(dtype, device)
     from eckart.adapters.config import EckartConfig
-    from eckart.adapters.train import Schedule, train
+    from eckart.adapters.train import train
     from eckart.models import check_target
     from eckart.models.files import atomic_directory
+    from eckart.models.training import Schedule
 
     options = dict(parse_setting(pair) for pair in option or [])
     config = EckartConfig(method=method, r=rank, options=options)
@@ -84,9 +92,8 @@ def command(
     loaded, tokenizer = load_model(model, dtype, device, progress=not quiet)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer; add its tokenizer files to the directory")
-    examples = _examples(data, template, field, tokenizer, length)
-    judged = examples[len(examples) - held_out :] if 0 < held_out < len(examples) else []
-    learnt = examples[: len(examples) - len(judged)]
+    examples = read_training_data(data, template, field, tokenizer, length)
+    learnt, judged = split_off(examples, held_out)
     adapted, seconds = _adapted(loaded, config, alpha, where, learnt, seed, quiet)
     with tempfile.TemporaryDirectory() as scratch:
         trained = train(
@@ -107,15 +114,7 @@ def command(
         "seconds to initialize": seconds,
         **{key.replace("_", " "): value for key, value in trained.to_dict().items() if key != "history"},
     }
-    print_json({**figures, "history": trained.history}) if as_json else _print(figures)
-
-
-def _examples(data: str, template: str, field: str, tokenizer: Any, length: int) -> list[Any]:
-    from eckart.models.answers import DEFAULT_TEMPLATE, read_examples, text_examples
-
-    if data.endswith(".jsonl") and (template or field == "text"):
-        return read_examples(data, tokenizer, template=template or DEFAULT_TEMPLATE, length=length)
-    return text_examples(data or None, tokenizer, field=field, length=length)
+    print_json({**figures, "history": trained.history}) if as_json else print_figures(figures)
 
 
 def _adapted(
@@ -143,23 +142,3 @@ def _adapted(
         task_type="CAUSAL_LM",
     )
     return adapted, time.perf_counter() - start
-
-
-def _print(figures: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from eckart.models.result import format_bytes
-
-    shown = Table.grid(padding=(0, 2, 0, 0))
-    for key, value in figures.items():
-        if key in ("bytes on disk", "peak memory"):
-            text = format_bytes(value)
-        elif key == "share of all":
-            text = f"{value:.3%}"
-        else:
-            text = (
-                f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-            )
-        shown.add_row(key, Text(text))
-    console().print(shown)

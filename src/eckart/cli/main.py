@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("eckart.cli.inspect:command", "Print what each weight's spectrum says about its rank."),
     "compress": ("eckart.cli.compress:command", "Make a model's weights smaller under a budget."),
     "adapt": ("eckart.cli.adapt:command", "Fine-tune a model through an adapter and save the adapter."),
+    "train": ("eckart.cli.train:command", "Pre-train or fully fine-tune with less optimizer memory."),
     "convert": ("eckart.cli.convert:command", "Turn an adapter into a plain LoRA that other tools load."),
     "eval": ("eckart.cli.eval:command", "Measure perplexity, tokens per second and peak memory."),
     "generate": ("eckart.cli.generate:command", "Generate text with a model, compressed or not."),
