@@ -48,9 +48,10 @@ def at_every_rank(job: Job, model: Any) -> dict[int, float]:
 
 def measure(job: Job) -> dict[str, Any]:
     def rate_of(build: Any) -> float:
-        return best(
-            best_rate(lambda rate: 1 - accuracy(job, fit(job, build, rate, job.size.search_steps, 0)[0], job.dev), RATES)
-        )
+        def mistakes(rate: float) -> float:
+            return 1 - accuracy(job, fit(job, build, rate, job.size.search_steps, 0)[0], job.dev)
+
+        return best(best_rate(mistakes, RATES))
 
     seeds = range(job.size.seeds)
     rate, time_of_one, nested = rate_of(dylora), [], []
