@@ -247,3 +247,12 @@ def test_options():
     assert PETALface().check(SITE, 10) is None
     assert "rank must be 1 to 10, not 11" in PETALface().check(SITE, 11)
     assert "of kind embedding" in PETALface().check(Site("tokens", "embedding", 12, 30), 3)
+
+
+def test_without_quality_and_pixels_it_warns_once():
+    _, coordinator = start()
+    with pytest.warns(UserWarning, match="neither quality= nor pixel_values=") as found:
+        for _ in range(2):
+            coordinator.before_forward({}, training=False)
+    assert len(found) == 1
+    assert coordinator.alpha is None

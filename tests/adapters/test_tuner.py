@@ -268,3 +268,12 @@ def test_a_head_can_be_trained_beside_it(tmp_path):
 def test_get_peft_model_alone_is_enough():
     model = get_peft_model(base(), EckartConfig(method="pissa", r=2, target_modules="all-linear"))
     assert model.get_nb_trainable_parameters()[0] > 0
+
+
+def test_layers_to_transform_counts_blocks_where_no_targets_are_named():
+    model = adapt(base(), "pissa", rank=2, layers_to_transform=[1], progress=False)
+    names = [name for name, module in model.named_modules() if isinstance(module, EckartLayer)]
+    assert names
+    assert all(".layers.1." in name for name in names)
+    with pytest.raises(ValueError, match="layers_to_transform=7 is none of the 2 blocks"):
+        adapt(base(), "pissa", rank=2, layers_to_transform=7, progress=False)

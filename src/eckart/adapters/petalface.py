@@ -19,6 +19,7 @@ applied to the inner features, and the dropout is left out.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -175,6 +176,7 @@ class _Quality(Coordinator):
         super().__init__(adapters, seed)
         self.method = method
         self.alpha: Tensor | None = None
+        self.warned = False
         for adapter in self.adapters.values():
             assert isinstance(adapter, _PETALfaceAdapter)
             adapter.quality = self
@@ -188,5 +190,11 @@ class _Quality(Coordinator):
                 raise ValueError(f"quality must be a tensor (batch,), one score a sample, not {tuple(quality.shape)}")
         elif images is not None:
             quality = sharpness(images.detach(), self.method.reference)
+        if quality is None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "petalface has neither quality= nor pixel_values= and blends both branches by half; give one of them",
+                stacklevel=2,
+            )
         if quality is not None:
             self.alpha = (0.5 + quality - self.method.threshold).clamp(0, 1)

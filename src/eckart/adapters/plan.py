@@ -16,6 +16,7 @@ from ..linalg import all_finite
 from ..models.calibrate import Statistics
 from ..models.parallel import parallel_map
 from ..models.select import linears, nearest
+from ..models.topology import blocks
 from .config import EckartConfig
 from .contract import Adapter, AdapterMethod
 from .fingerprint import fingerprint
@@ -32,7 +33,7 @@ def plan(model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
         method.configure(model, config)
         method = config.build_method()  # it may have set options
     if config.target_modules is None:
-        config.target_modules = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}
+        config.target_modules = _all_linears(model, config)
     _maybe_include_all_linear_layers(config, model)
     layers = _targets(model, config)
     sites: dict[str, Site] = {}
@@ -62,6 +63,25 @@ def plan(model: nn.Module, config: EckartConfig) -> dict[str, Adapter]:
             method, config, sites, statistics, lambda name: _readable(sites[name], layers[name], quantization)
         )
     return _initialized(method, config, sites, layers, statistics, quantization)
+
+
+def _all_linears(model: nn.Module, config: EckartConfig) -> set[str]:
+    """Full names of the linear maps in the blocks, of those only that ``layers_to_transform`` counts.
+
+    PEFT looks at that only where a name is a pattern.
+    """
+    names = {layer_name(ref.name) for ref in linears(model, quantized=True).linears}
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return names
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+    found = blocks(model)
+    lists = [[block.name for block in found if block.list_name == name] for name in {b.list_name for b in found}]
+    kept = tuple(f"{name}." for members in lists for index, name in enumerate(members) if index in chosen)
+    names = {name for name in names if name.startswith(kept)}
+    if not names:
+        raise ValueError(f"layers_to_transform={wanted} is none of the {max(map(len, lists))} blocks, counted from 0")
+    return names
 
 
 def _targets(model: nn.Module, config: EckartConfig) -> dict[str, nn.Module]:
