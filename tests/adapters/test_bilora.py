@@ -15,8 +15,8 @@ from eckart.adapters.bilevel import hypergradient, split_indices
 from eckart.adapters.bilora import BiLoRA
 from eckart.adapters.site import Site
 from eckart.adapters.train import train
-from eckart.models.training import Schedule
 from eckart.models import load_tokenizer
+from eckart.models.training import Schedule
 from every_kind import every_kind
 
 IDS = torch.arange(24).reshape(2, 12) % 60

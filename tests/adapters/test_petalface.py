@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -251,8 +253,9 @@ def test_options():
 
 def test_without_quality_and_pixels_it_warns_once():
     _, coordinator = start()
-    with pytest.warns(UserWarning, match="neither quality= nor pixel_values=") as found:
-        for _ in range(2):
-            coordinator.before_forward({}, training=False)
-    assert len(found) == 1
+    with pytest.warns(UserWarning, match="neither quality= nor pixel_values="):
+        coordinator.before_forward({}, training=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coordinator.before_forward({}, training=False)
     assert coordinator.alpha is None
