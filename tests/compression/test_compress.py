@@ -55,7 +55,12 @@ def assert_refused(model: nn.Module, error: type[BaseException], message: str, *
     [
         ("svdllm", {}, UnknownMethodError, "unknown method 'svdllm'; did you mean svd-llm"),
         ("qqqq", {}, UnknownMethodError, "unknown method 'qqqq'; `eckart methods` lists all"),
-        ("cycleqd", {}, ValueError, r"cycleqd \(merging, planned\) cannot compress a model; methods that can: asvd, fwsvd"),
+        (
+            "cycleqd",
+            {},
+            ValueError,
+            r"cycleqd \(merging, planned\) cannot compress a model; methods that can: asvd, fwsvd",
+        ),
         ("cospadi", {}, ValueError, r"cospadi \(compression, planned\) cannot compress a model"),
         ("asvd", {"beta": 1}, ValueError, "asvd has no option beta; it has: alpha"),
         ("svd", {"alpha": 1}, ValueError, "svd has no option alpha; it has: none"),
