@@ -118,15 +118,20 @@ def add_row(path: Path, name: str, row: Mapping[str, Any]) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def write_table(page: Path, columns: Mapping[str, Callable[[str, dict[str, Any]], str]], found: dict[str, Any]) -> None:
+def write_table(
+    page: Path,
+    columns: Mapping[str, Callable[[str, dict[str, Any]], str]],
+    found: dict[str, Any],
+    mark: str = "table",
+) -> None:
     """Replace what stands between the marks "<!-- table -->" and "<!-- end -->" of a page by a row for each entry."""
-    head, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    head, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     _, end, tail = rest.partition("<!-- end -->")
-    if not (mark and end):
-        raise SystemExit(f"{page} has no marks for a table")
+    if not (begin and end):
+        raise SystemExit(f"{page} has no marks for a table, <!-- {mark} --> and <!-- end -->")
     lines = ["| " + " | ".join(columns) + " |", "| --- " + "| ---: " * (len(columns) - 1) + "|"]
     lines += ["| " + " | ".join(show(name, row) for show in columns.values()) + " |" for name, row in found.items()]
-    page.write_text(head + mark + "\n".join(lines) + "\n" + end + tail, encoding="utf-8")
+    page.write_text(head + begin + "\n".join(lines) + "\n" + end + tail, encoding="utf-8")
 
 
 def each_in_its_process(script: str, names: Iterable[str], path: Path, *arguments: str) -> None:

@@ -30,6 +30,7 @@ NAMES = (
     "adapters",
     "adapt_gsm8k",
     "adapt_sst2",
+    "adapt_vision",
     "plot",
 )
 

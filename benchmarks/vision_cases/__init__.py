@@ -1,0 +1,1 @@
+"""The cases of adapt_vision.py, one file each."""
