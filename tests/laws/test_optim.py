@@ -70,14 +70,31 @@ def test_every_parameter_is_trained_except_what_the_method_leaves(method):
     train(model, chosen, 2)
     pairs = zip(model.named_parameters(), before.parameters(), strict=True)
     still = [name for (name, p), q in pairs if torch.equal(p, q)]
-    assert still == []
+    left = {name for name, _ in model.named_parameters()} - set(chosen.projected())
+    assert set(still) == (set() if catalog.get(method).load().trains_rest else left)
+    assert chosen.projected()
+    assert left
+
+
+@every
+@pytest.mark.parametrize("trains_rest", [True, False])
+def test_the_rest_is_trained_or_left_as_asked(method, trains_rest):
+    model = base()
+    before = copy.deepcopy(model)
+    chosen = optimizer(method, model, trains_rest=trains_rest)
+    train(model, chosen, 2)
+    projected = set(chosen.projected())
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q) == (name not in projected and not trains_rest), name
 
 
 @every
 @either
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, bits):
     model = base()
-    chosen = optimizer(method, model, bits, update_interval=3) if _refreshes(method) else optimizer(method, model, bits)
+    short = {"update_interval": 3, "warmup": 7}  # refreshes on both sides, a warm-up that is interrupted
+    options = {name: value for name, value in short.items() if name in catalog.get(method).load().__dataclass_fields__}
+    chosen = optimizer(method, model, bits, **options)
     train(model, chosen, 1)
     keys = [sorted(state) for state in chosen.state.values()]
     train(model, chosen, 4, start=1)
@@ -139,7 +156,7 @@ def test_updates_in_the_backward_pass_give_the_same(method, accumulation):
 @every
 def test_a_parameter_without_gradient_waits(method):
     model = base()
-    chosen = optimizer(method, model)
+    chosen = optimizer(method, model, trains_rest=True)
     train(model, chosen, 1)
     before, layer = copy.deepcopy(model), model.model.layers[0].mlp.up_proj.weight
     count = int(chosen.state[layer]["step"])
@@ -178,7 +195,7 @@ def test_groups_schedulers_and_closures(method):
 def test_half_precision_weights_keep_their_moments_in_single_and_small_updates_with_random_rounding(method):
     model = base().to(torch.bfloat16)
     before = copy.deepcopy(model)
-    chosen = optimizer(method, model, lr=1e-5, stochastic_rounding=True)
+    chosen = optimizer(method, model, lr=1e-5, stochastic_rounding=True, trains_rest=True)
     train(model, chosen, 3)
     weight, old = model.lm_head.weight, before.lm_head.weight
     large = old.abs() > 0.02  # a step of 1e-5 is below half a unit in the last place of these
@@ -187,7 +204,7 @@ def test_half_precision_weights_keep_their_moments_in_single_and_small_updates_w
         torch.float32
     }
     plain = copy.deepcopy(before)
-    train(plain, optimizer(method, plain, lr=1e-5), 1)
+    train(plain, optimizer(method, plain, lr=1e-5, trains_rest=True), 1)
     assert torch.equal(plain.lm_head.weight[large], old[large])
 
 

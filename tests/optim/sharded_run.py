@@ -36,7 +36,8 @@ def build() -> nn.Module:
 
 def optimizer(model: nn.Module, method: str, bits: int) -> ProjectedOptimizer:
     kind = optimizer_class(method, bits=bits)
-    options = {"update_interval": 3} if "update_interval" in kind.method.__dataclass_fields__ else {}
+    short = {"update_interval": 3, "warmup": 5}  # what the method does later than in the first steps is to be seen
+    options = {name: value for name, value in short.items() if name in kind.method.__dataclass_fields__}
     return kind(low_rank_groups(model, rank=4, where="layers.*"), lr=0.003, **options)
 
 

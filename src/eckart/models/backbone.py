@@ -49,7 +49,5 @@ def norms(block: Block) -> dict[str, nn.Module]:
     return {
         f"{block.name}.{name}": module
         for name, module in block.module.named_modules()
-        if is_norm(module)
-        and any(True for _ in module.parameters())
-        and not list(module.children())
+        if is_norm(module) and any(True for _ in module.parameters()) and not list(module.children())
     }

@@ -57,8 +57,11 @@ class Step:
         """
         if self.number == 1:
             return True
-        phase = int(interval * ((self.index * _GOLDEN) % 1.0)) if stagger else 0
-        return (self.number - 1 + phase) % interval == 0
+        return (self.number - 1 + (self.phase(interval) if stagger else 0)) % interval == 0
+
+    def phase(self, interval: int) -> int:
+        """By how many updates the turns of this parameter come earlier than those of the first, below ``interval``."""
+        return int(interval * ((self.index * _GOLDEN) % 1.0))
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class OptimizerMethod(ABC):
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
         bits: Of each stored moment, 32 or 8.
+        trains_rest: Whether parameters that the method is not applied to are trained, by the dense rule.
 
     Raises:
         ValueError: A number makes no sense.
@@ -85,6 +89,7 @@ class OptimizerMethod(ABC):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     bits: int = 32
+    trains_rest: bool = True
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -106,6 +111,17 @@ class OptimizerMethod(ABC):
         """Whether a parameter of this shape is projected; the others take the dense rule."""
         return len(shape) == 2 and self.rank is not None and min(shape) > self.rank
 
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:  # noqa: B027 - most take every shape that fits
+        """Refuse a parameter that fits but cannot be treated with these options.
+
+        Args:
+            name: Of the parameter.
+            shape: Of all of it.
+
+        Raises:
+            ValueError: With the name and a remedy.
+        """
+
     @abstractmethod
     def allocate(self, like: Tensor) -> State:
         """Everything that is remembered of one matrix, as zeros.
@@ -125,6 +141,10 @@ class OptimizerMethod(ABC):
             weight: (m, n), the parameter; not to be changed.
         """
 
+    def decay_mask(self, weight: Tensor, state: State) -> Tensor | None:
+        """Where weight decay acts: booleans (m, n) placed as ``weight``, or None for everywhere."""
+        return None
+
     def check_positive(self, **numbers: float) -> None:
         """Refuse an option that is not above 0.
 
@@ -143,7 +163,8 @@ class OptimizerMethod(ABC):
         """
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}")
+                known = ", ".join(map(str, get_args(literal)))
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ class ProjectedMethod(OptimizerMethod):
         """Projects, applies the rule, lifts."""
         a = turned(gradient, self.side)
         low = self.project(a, state, step)
-        n = self.moments().direction(low, state, step.number)
+        n = self.apply_rule(low, state, step)
         update = self.combine(a, low, n, state, step)
         return update if a is gradient else update.mT
 
@@ -204,6 +225,10 @@ class ProjectedMethod(OptimizerMethod):
             state: Of this matrix.
             step: Where the parameter is in its training.
         """
+
+    def apply_rule(self, low: Tensor, state: State, step: Step) -> Tensor:
+        """N (a, r), what the rule makes of R (a, r); brings the moments up to date."""
+        return self.moments().direction(low, state, step.number)
 
     def lift(self, n: Tensor, a: Tensor, state: State) -> Tensor:
         """n Qᵀ (a, b), placed as ``a``, for n (a, r)."""

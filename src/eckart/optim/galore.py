@@ -60,16 +60,24 @@ class GaLore(ProjectedMethod):
         basis = state["basis"]
         if not step.due(self.update_interval, stagger=self.stagger):
             return right_product(a, basis)
-        assert self.rank is not None
-        if self.refresh == "svd":
-            fresh, low = exact_basis(a, self.rank)
-        else:
-            start = None if step.number == 1 else basis
-            fresh, low = improved_basis(a, start, self.rank, step.generator(a.device), iterations=self.iterations)
+        fresh, low = self.fresh_basis(a, None if step.number == 1 else basis, step)
         if self.carry and step.number > 1:
             carry_moments(state, basis, fresh)
         basis.copy_(fresh)
         return low
+
+    def fresh_basis(self, a: Tensor, start: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """Q (b, r) and R = A Q.
+
+        Args:
+            a: A (a, b).
+            start: The basis that is there, or None.
+            step: Where the parameter is in its training.
+        """
+        assert self.rank is not None
+        if self.refresh == "svd":
+            return exact_basis(a, self.rank)
+        return improved_basis(a, start, self.rank, step.generator(a.device), iterations=self.iterations)
 
 
 class GaLoreAdamW(ProjectedOptimizer):

@@ -15,7 +15,7 @@ __all__ = ["check_state", "copied", "places"]
 
 
 def copied(kept: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """A copy of a parameter's saved tensors on its device, every dtype as it is; the count of steps stays where it is.
+    """A copy of a parameter's saved tensors on its device, every dtype as it is; what counts steps stays where it is.
 
     Args:
         kept: Name -> tensor.
@@ -23,7 +23,8 @@ def copied(kept: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """
 
     def copy(name: str, value: Tensor) -> Tensor:
-        stays = name == "step" or isinstance(value, DTensor)
+        counts = name == "step" or (value.ndim == 0 and not value.is_floating_point())
+        stays = counts or isinstance(value, DTensor)
         return value.detach().clone() if stays else value.to(parameter.device, copy=True)
 
     return {name: copy(name, value) for name, value in kept.items()}

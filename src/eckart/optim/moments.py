@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .sharding import from_local, local
 
-__all__ = ["State", "allocate", "load", "store"]
+__all__ = ["State", "allocate", "load", "reindexed", "store"]
 
 State = dict[str, Tensor]
 
@@ -77,6 +77,24 @@ def store(state: State, name: str, value: Tensor) -> None:
     rounded = (relative * _LEVELS[codes.dtype]).round()
     codes.copy_((rounded * own.sign() if codes.dtype == torch.int8 else rounded).reshape(codes.shape))
     scale.copy_(largest)
+
+
+def reindexed(value: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """What is kept for a selection, for another one: of indices that are in both as it was, of new ones 0.
+
+    Args:
+        value: (..., k), k numbers for k indices; its last axis is not sharded.
+        old: (k,) sorted.
+        new: (l,).
+
+    Example:
+        >>> reindexed(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 4, 7]), torch.tensor([4, 5, 7]))
+        tensor([2., 0., 3.])
+    """
+    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    own = local(value).index_select(-1, place)
+    own.masked_fill_(old[place] != new, 0)
+    return from_local(own, value, shape=(*value.shape[:-1], len(new)))
 
 
 def _spread(scale: Tensor, columns: int) -> Tensor:

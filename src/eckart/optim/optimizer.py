@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .contract import OptimizerMethod, Step
 from .loading import check_state, copied, places
 from .moments import State
-from .rounding import write_back
-from .sharding import any_process, check_placement, local
+from .rounding import dense, write_back
+from .sharding import any_process, check_placement, from_local, local
 
 __all__ = ["Nonfinite", "ProjectedOptimizer"]
 
@@ -31,13 +31,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     Options of the method may be given here for all groups, or as keys of a group; `eckart.optim.low_rank_groups` makes
     the groups. Parameters of fewer or more than two axes, and matrices whose shorter side is not above the rank, take
-    the dense rule.
+    the dense rule; with ``trains_rest=False`` they stay as they are (set their ``requires_grad`` to False too, and no
+    gradients are made for them).
 
     Args:
         params: Parameters, named parameters or groups of them.
         lr: Learning rate.
         weight_decay: Decoupled, as in AdamW.
-        stochastic_rounding: Round bfloat16 weights at random, so that small updates are not lost.
+        stochastic_rounding: Round bfloat16 weights at random, so that small updates are not lost. Weights that are
+            stored in fewer bits, as `eckart.optim.int8_weights` does, always are.
         fused_backward: Update each parameter as soon as its gradient is there, in the backward pass, and free the
             gradient. ``step`` then has nothing left to do, and clipping by the norm of all gradients is not possible.
         accumulation: With ``fused_backward``, backward passes that make one update.
@@ -92,11 +94,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         try:
             if not group["lr"] >= 0 or not group["weight_decay"] >= 0:
                 raise ValueError("lr and weight_decay must not be negative")
-            self.method_of(group)
+            method = self.method_of(group)
             for name, parameter in _named(group):
                 if parameter.is_complex():
                     raise ValueError(f"{name} is complex; only real parameters are supported")
                 check_placement(parameter, name)
+                if method.fits(parameter.shape):
+                    method.check_shape(name, parameter.shape)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -156,28 +160,37 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def new_state(self, parameter: Tensor, group: dict[str, Any]) -> State:
         """The state of a parameter before its first update."""
         method, dtype = self.method_of(group), torch.promote_types(parameter.dtype, torch.float32)
-        like = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        kept = method.allocate(like) if method.fits(parameter.shape) else method.moments().allocate(like)
+        like = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)  # plain, of an INT8 weight too
+        if method.fits(parameter.shape):
+            kept = method.allocate(like)
+        else:
+            kept = method.moments().allocate(like) if method.trains_rest else {}
         return {"step": torch.zeros(()), **kept}
 
     def _update(self, name: str, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         assert parameter.grad is not None
+        method = self.method_of(group)
+        fits = method.fits(parameter.shape)
         state = self.state[parameter]
         if not state:
             state.update(self.new_state(parameter, group))
         state["step"] += 1
+        if not fits and not method.trains_rest:
+            return  # counted all the same: a distributed checkpoint has a state of all that has a gradient
         initial = group["initial_lr"]
         step = Step(int(state["step"]), index, self._seed, group["lr"] / initial if initial else 1.0)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        gradient, weight, method = parameter.grad.to(dtype), parameter.detach(), self.method_of(group)
-        if method.fits(parameter.shape):
+        own = local(parameter.detach())
+        gradient, weight = parameter.grad.to(dtype), from_local(dense(own), parameter)
+        if fits:
             update = method.direction(gradient, state, step, weight)
         else:
             update = method.moments().direction(gradient, state, step.number)
-        value = local(weight).to(dtype) * (1 - group["lr"] * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"]
+        mask = method.decay_mask(weight, state) if fits and decay else None
+        value = local(weight).to(dtype) * (1 - decay if mask is None else 1 - decay * local(mask).to(dtype))
         value.sub_(local(update), alpha=group["lr"])
-        own = local(weight)
-        write_back(own, value, step.generator(own.device) if self._stochastic else None)
+        write_back(own, value, step.generator(own.device), at_random=self._stochastic)
 
     def _usable(self, found: Sequence[tuple[str, Tensor, dict[str, Any], int]]) -> bool:
         """Whether the gradients can be used; False for a step to be skipped."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..linalg import eigh, orthogonal_iteration, svd
 from .moments import State, load, store
-from .sharding import left_product, right_product, whole
+from .sharding import left_product, right_product, whole, whole_norm
 
-__all__ = ["carry_moments", "exact_basis", "improved_basis"]
+__all__ = ["carry_moments", "exact_basis", "improved_basis", "inverse_norm", "reconstruction_error"]
 
 _OVERSAMPLING = 16  # random directions tried beside the basis that is there
 _DENSE_FROM = 0.5  # share of the directions from which the Gram matrix is decomposed instead
@@ -58,6 +58,31 @@ def exact_basis(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Q (b, r), the leading right singular vectors of A by a full decomposition, and R = A Q; gathers a sharded A."""
     q = svd(whole(a), rank, driver="exact").vh.mT.contiguous()
     return q, right_product(a, q)
+
+
+def inverse_norm(a: Tensor) -> Tensor:
+    """1 / ‖A‖_F, the same in every process; 0 for zeros."""
+    norm = whole_norm(a)
+    return torch.where(norm > torch.finfo(norm.dtype).tiny, norm.reciprocal(), 0.0)
+
+
+def reconstruction_error(a: Tensor, basis: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ε(Q) = ‖A − A Q Qᵀ‖² / ‖A‖², the loss of online PCA, and its gradient (b, r), for any Q.
+
+        ∇ε = (2 S Qᵀ Q + 2 Q Rᵀ R − 4 S) / ‖A‖²,   R = A Q, S = Aᵀ R
+
+    Costs the product S and, unless it is given, R; no other matrix of A's size is formed. The error of zeros is 0.
+
+    Args:
+        a: A (a, b).
+        basis: Q (b, r).
+        low: R (a, r), if it is known.
+    """
+    inverse = inverse_norm(a)
+    low = (right_product(a, basis) if low is None else low) * inverse
+    cross, inner, gram = left_product(a, low) * inverse, left_product(low, low), basis.mT @ basis
+    error = (inverse > 0).to(a.dtype) - 2 * inner.trace() + (inner * gram).sum()
+    return error.clamp(min=0), 2 * (cross @ gram + basis @ inner) - 4 * cross
 
 
 def carry_moments(state: State, old: Tensor, new: Tensor) -> None:

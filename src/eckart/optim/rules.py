@@ -67,13 +67,18 @@ class AdamW(Rule):
 
     def direction(self, gradient: Tensor, state: State, number: int) -> Tensor:
         """N of Adam."""
+        first, denominator = self.corrected(gradient, state, number)
+        return first / denominator
+
+    def corrected(self, gradient: Tensor, state: State, number: int) -> tuple[Tensor, Tensor]:
+        """M / (1-β₁ᵗ) and √(V / (1-β₂ᵗ)) + ε; brings the moments up to date."""
         first = load(state, "first", gradient.dtype).lerp_(gradient, 1 - self.betas[0])
         second = load(state, "second", gradient.dtype).mul_(self.betas[1])
         second.addcmul_(gradient, gradient, value=1 - self.betas[1])
         store(state, "first", first)
         store(state, "second", second)
         scale = (1 - self.betas[1] ** number) ** 0.5
-        return first / (1 - self.betas[0] ** number) / (second.sqrt() / scale + self.eps)
+        return first / (1 - self.betas[0] ** number), second.sqrt() / scale + self.eps
 
 
 class Adafactor(Rule):

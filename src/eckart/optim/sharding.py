@@ -17,13 +17,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
     "any_process",
+    "by_rows",
     "check_placement",
     "from_local",
     "left_product",
     "lift_product",
     "local",
+    "placed_as",
     "right_product",
     "whole",
+    "whole_norm",
 ]
 
 
@@ -35,6 +38,11 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The same tensor on every process, plain; for what is small."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_norm(x: Tensor) -> Tensor:
+    """The Frobenius norm of all of a tensor, a plain scalar that is the same in every process."""
+    return whole(torch.linalg.vector_norm(x))
 
 
 def from_local(own: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
@@ -102,6 +110,26 @@ def lift_product(n: Tensor, q: Tensor, like: Tensor) -> Tensor:
         )
         return (rows @ everywhere.mT).mT
     return n @ _copies(q, like).mT
+
+
+def by_rows(a: Tensor) -> Tensor:
+    """a (m, n) with its rows sharded where its columns were, so that every row is in one process.
+
+    The processes exchange the matrix for it once; none holds it whole, unless the backend (gloo) can only gather.
+    """
+    if not isinstance(a, DTensor):
+        return a
+    sharded: Any = a
+    rows = [Shard(0) if placement == Shard(1) else placement for placement in a.placements]
+    return sharded.redistribute(placements=rows)
+
+
+def placed_as(a: Tensor, like: Tensor) -> Tensor:
+    """a, placed as another matrix of its shape; undoes `by_rows`."""
+    if not isinstance(like, DTensor):
+        return a
+    sharded: Any = a
+    return sharded.redistribute(placements=like.placements)
 
 
 def any_process(flag: bool, tensors: Sequence[Tensor]) -> bool:

@@ -14,12 +14,12 @@ from .optimizer import ProjectedOptimizer
 __all__ = ["for_trainer", "optimizer_class"]
 
 
-def optimizer_class(method: str, *, bits: int = 32) -> type[ProjectedOptimizer]:
+def optimizer_class(method: str, *, bits: int | None = None) -> type[ProjectedOptimizer]:
     """The optimizer class of a method's name in the catalog, `GaLoreAdamW` for "galore".
 
     Args:
         method: Name in the catalog.
-        bits: 8 for the class with moments of eight bits.
+        bits: 32 or 8, of the moments; None for the method's own, 32 in most.
 
     Raises:
         UnknownMethodError: No optimizer of that name.
@@ -32,6 +32,7 @@ def optimizer_class(method: str, *, bits: int = 32) -> type[ProjectedOptimizer]:
 
     found = catalog.get(method, family="optim").load()
     module = sys.modules[found.__module__]
+    wanted = found.bits if bits is None else bits
     classes = [getattr(module, name) for name in module.__all__]
     (one,) = [
         kind
@@ -39,7 +40,8 @@ def optimizer_class(method: str, *, bits: int = 32) -> type[ProjectedOptimizer]:
         if isinstance(kind, type)
         and issubclass(kind, ProjectedOptimizer)
         and kind.method is found
-        and kind.options == ({"bits": 8} if bits == 8 else {})
+        and kind.options.keys() <= {"bits"}
+        and kind.options.get("bits", found.bits) == wanted
     ]
     return one
 

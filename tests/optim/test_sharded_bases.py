@@ -1,0 +1,17 @@
+"""Bases that are trained, in three processes, under options that the laws of sharded training leave as they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_bases_of_sharded_matrices_are_those_of_whole_ones():
+    script = Path(__file__).with_name("sharded_bases_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
