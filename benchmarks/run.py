@@ -31,6 +31,9 @@ NAMES = (
     "adapt_gsm8k",
     "adapt_sst2",
     "adapt_vision",
+    "dylora",
+    "optimizer_cost",
+    "optimize_lm",
     "plot",
 )
 

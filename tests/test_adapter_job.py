@@ -50,10 +50,12 @@ def _forget() -> None:
         sys.modules.pop(name, None)
 
 
-def test_every_built_adapter_and_the_baselines_are_contenders(job):
-    module, _ = job
+def test_every_built_adapter_and_the_baselines_are_contenders(job, sentiment):
     built = {row.name for row in catalog.select(family="adapters") if row.status != "planned"}
-    assert built | {"lora", "rslora", "dora", "olora", "lora-ga", "full fine-tuning"} == set(module.contenders())
+    answers, moods = set(job[0].contenders()), set(sentiment[0].contenders())
+    assert built | {"linear probe", "lora", "rslora", "dora", "full fine-tuning"} == moods
+    assert answers - built == {"lora", "rslora", "dora", "olora", "lora-ga", "full fine-tuning"}
+    assert len(answers & built) == 18
 
 
 def test_every_row_can_be_measured(job):
@@ -115,6 +117,6 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_end(job):
 
 def test_methods_that_read_gradients_get_them(job):
     module, made = job
-    model = module.fit(made, module.contenders()["adalora"], 1e-3, 6, made.search)["model"]
+    model = module.fit(made, module.ours("adalora"), 1e-3, 6, made.search)["model"]
     state = model.base_model.coordinators()["default"].state
     assert sum(float(value.sum()) for name, value in state.items() if name.endswith(".mean")) > 0
