@@ -168,3 +168,14 @@ def test_a_gradient_of_zeros_is_no_error():
     found, state = run(torch.ones(60, 50), [torch.zeros(60, 50)] * 2, rank=3, update_interval=1)
     assert torch.equal(found, torch.ones(60, 50))
     assert bool(state["basis"].isfinite().all())
+
+
+def test_a_group_that_is_added_later_is_updated_in_the_backward_pass_too():
+    first, second = (nn.Parameter(torch.ones(8, 6)) for _ in range(2))
+    optimizer = GaLoreAdamW([first], lr=0.1, rank=2, fused_backward=True)
+    optimizer.add_param_group({"params": [second], "rank": 2})
+    (first.sum() + second.sum()).backward()
+    assert first.grad is None
+    assert second.grad is None
+    assert torch.allclose(first, second)
+    assert not torch.equal(second, torch.ones(8, 6))

@@ -84,8 +84,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._built: dict[tuple[Any, ...], OptimizerMethod] = {}
         defaults = {**known, **self.options, **options, "lr": lr, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "optimizer": type(self).__name__})
-        if fused_backward:
-            self._hook()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after its options and parameters have been checked."""
@@ -105,6 +103,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         group.setdefault("initial_lr", group["lr"])
+        if self._fused:
+            self._hook(group)
 
     def method_of(self, group: dict[str, Any]) -> OptimizerMethod:
         """The method with a group's options."""
@@ -223,21 +223,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 yield name, parameter, group, index
                 index += 1
 
-    def _hook(self) -> None:
+    def _hook(self, group: dict[str, Any]) -> None:
+        """Have the parameters of a group updated as soon as their gradients are there."""
         passes: dict[int, int] = {}
 
         def update(parameter: Tensor) -> None:
-            name, _, group, index = by_identity[id(parameter)]
-            passes[index] = passes.get(index, 0) + 1
-            if passes[index] % self._accumulation:
+            passes[id(parameter)] = passes.get(id(parameter), 0) + 1
+            if passes[id(parameter)] % self._accumulation:
                 return
+            (entry,) = (member for member in self.members() if member[1] is parameter)
             with torch.no_grad():
-                if self._usable([by_identity[id(parameter)]]):
-                    self._update(name, parameter, group, index)
+                if self._usable([entry]):
+                    self._update(*entry)
             parameter.grad = None
 
-        by_identity = {id(entry[1]): entry for entry in self.members()}
-        for _, parameter, _, _ in by_identity.values():
+        for _, parameter in _named(group):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(update)
 
