@@ -168,3 +168,17 @@ def test_a_zero_weight_and_messages():
             SoKA(energy=energy)
     with pytest.raises(ValueError, match="init must be one of weight, zero, not 'random'"):
         SoKA(init="random")
+
+
+def test_few_tokens_and_many_get_the_same_update():
+    """One token passes through the terms, many are multiplied by their sum."""
+    site = Site("layer", "linear", 24, 36)
+    adapter = SoKA().build(site, 5, 1.0)
+    adapter.initialize(torch.randn(24, 36, generator=torch.Generator().manual_seed(0)), None, torch.Generator())
+    for parameter in adapter.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(40, 36, generator=torch.Generator().manual_seed(2))
+    many = adapter.update(x)
+    few = torch.cat([adapter.update(row[None]) for row in x])
+    assert torch.allclose(many, few, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(many, x @ adapter.delta(torch.empty(0)).mT, rtol=1e-4, atol=1e-5)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..linalg import elbow_rank
@@ -157,7 +158,14 @@ class _SoKAAdapter(Adapter):
         self.ready = True
 
     def update(self, x: Tensor) -> Tensor:
-        return self._terms().apply(x)
+        """Term by term, or by Δ as a whole where that is fewer multiplications: for many terms or tokens it is."""
+        terms, (m1, n1) = self._terms(), self.shape
+        m2, n2 = self.site.out_features // m1, self.site.in_features // n1
+        tokens, rank = x.numel() // self.site.in_features, len(terms.left)
+        apart = tokens * rank * min(n1 * m2 * (n2 + m1), n2 * m1 * (n1 + m2))
+        if apart <= (tokens + rank) * self.site.out_features * self.site.in_features:
+            return terms.apply(x)
+        return F.linear(x, terms.reconstruct())
 
     def delta(self, weight: Tensor) -> Tensor:
         return self._terms().reconstruct()
