@@ -31,7 +31,7 @@ def made(method: ACLoRA) -> dict:
 def test_the_signal_stays_and_the_noise_has_its_variance(energy):
     m = matrix()
     s = np.linalg.svd(m.double().numpy(), compute_uv=False)
-    count = max(1, int((np.cumsum(s**2) < energy * (s**2).sum()).sum()))
+    count = max(1, int((np.cumsum(s**2) < energy * np.cumsum(s**2)[-1]).sum()))
     u, values, vh = np.linalg.svd(m.double().numpy(), full_matrices=False)
     signal = (u[:, :count] * values[:count]) @ vh[:count]
     drawn = [renew(m, energy, torch.Generator().manual_seed(i)).double().numpy() - signal for i in range(200)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -38,7 +39,6 @@ def check(method, shape: tuple[int, int], sharded) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def sharded(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,8 +47,7 @@ def main() -> None:
     for method in METHODS:
         for shape in ((31, 20), (20, 31)):
             check(method, shape, sharded)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -50,7 +51,6 @@ def check_method(method: GaLorePlus, shape: tuple[int, int], sharded) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def sharded(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,7 @@ def main() -> None:
         for shape in SHAPES[:2]:
             method = GaLorePlus(rank=5, side=side, head_dim=4, density=0.1, warmup=3, update_interval=2)
             check_method(method, shape, sharded)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

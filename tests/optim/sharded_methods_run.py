@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -35,7 +36,6 @@ def check_method(method, shape: tuple[int, int], sharded) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def sharded(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,8 +50,7 @@ def main() -> None:
                 options = {"filter_rank": 3, "selection": selection, "update_interval": 2}
                 check_method(LIFT(rank=2, bits=bits, **options), shape, sharded)
     check_method(LIFT(rank=2, filter_rank=4, update_interval=2), (150, 120), sharded)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

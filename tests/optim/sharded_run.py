@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from sharded_process import run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -55,7 +56,6 @@ def train(model: nn.Module, chosen: ProjectedOptimizer, first: int, steps: int, 
 
 def main() -> None:
     phase, directory = sys.argv[1], Path(sys.argv[2])
-    dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     share = slice(rank * EXAMPLES // size, (rank + 1) * EXAMPLES // size)
     for method, bits in METHODS:
@@ -77,8 +77,7 @@ def main() -> None:
         found = {name: p.detach().full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
         if rank == 0:
             torch.save(found, directory / f"{method}-{bits}-{phase}-{size}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

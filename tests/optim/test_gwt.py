@@ -218,7 +218,7 @@ def test_other_wavelets_and_eight_bits_fit_a_matrix():
 
 
 SHARDED = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from eckart.optim.contract import Step
@@ -244,7 +244,9 @@ for shape in ((7, 12), (13, 6), (1, 8)):
             assert torch.allclose(found.full_tensor(), expected, atol=1e-6), (shape, side, t)
             assert torch.allclose(parts["norm"], state["norm"])
             assert parts["first"].to_local().numel() <= -(-state["first"].shape[0] // 2) * state["first"].shape[1]
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # see sharded_process.py
 """
 
 

@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.backbone import pretrained_models
 from ..models.calibrate import Statistics
 from ..models.kinds import is_norm
 from ..models.select import linears
-from ..models.sublayers import sublayers
+from ..models.sublayers import Sublayer, sublayers
 from .contract import Adapter, AdapterMethod
 from .layer import layer_name
 from .site import Site
@@ -128,8 +129,8 @@ class Compacter(AdapterMethod):
     def _outputs(self, model: nn.Module) -> set[str]:
         """Names of the last linear maps of the sub-layers that get an adapter."""
         try:
-            names = [layer_name(ref.name) for ref in linears(model, quantized=True).linears]
-            found = sublayers(model, names)
+            inner = pretrained_models(model) or {"": model}
+            found = [part for prefix, one in inner.items() for part in _ends(one, prefix)]
         except ValueError as error:
             raise ValueError(
                 f"compacter looks for the ends of sub-layers, but {error}; or name target_modules"
@@ -187,6 +188,12 @@ class Compacter(AdapterMethod):
                     f"or the {adapter.site.out_features} outputs of {name}",
                     stacklevel=2,
                 )
+
+
+def _ends(model: nn.Module, prefix: str) -> list[Sublayer]:
+    """The sub-layers of a model inside another one, under their names there."""
+    names = [layer_name(ref.name) for ref in linears(model, quantized=True).linears]
+    return [Sublayer(f"{prefix}.{part.output}".lstrip("."), part.kind) for part in sublayers(model, names)]
 
 
 def _norms(model: nn.Module) -> list[str]:
