@@ -129,7 +129,7 @@ class Compacter(AdapterMethod):
     def _outputs(self, model: nn.Module) -> set[str]:
         """Names of the last linear maps of the sub-layers that get an adapter."""
         try:
-            inner = pretrained_models(model) or {"": model}
+            inner: Mapping[str, nn.Module] = pretrained_models(model) or {"": model}
             found = [part for prefix, one in inner.items() for part in _ends(one, prefix)]
         except ValueError as error:
             raise ValueError(
