@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from processes import launch
 
 SCRIPT = Path(__file__).parents[1] / "optim" / "sharded_run.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -17,20 +17,11 @@ import sharded_run  # noqa: E402
 every = pytest.mark.parametrize(("method", "bits"), sharded_run.METHODS)
 
 
-def launch(processes: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sharded")
-    launch(2, "start", str(directory))
-    launch(3, "resume", str(directory))
+    launch(SCRIPT, 2, "start", str(directory))
+    launch(SCRIPT, 3, "resume", str(directory))
     return directory
 
 

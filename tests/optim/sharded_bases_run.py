@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from eckart.optim.coap import COAP
 from eckart.optim.contract import Step
 from eckart.optim.online_subspace_descent import OnlineSubspace
+from processes import run
 
 METHODS = [
     COAP(rank=4, update_interval=1, reproject_factor=3, basis_lr=1.0, restore_state=True),

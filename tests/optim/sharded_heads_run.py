@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from eckart.optim.contract import Step
 from eckart.optim.entries import add_entries, entries, gathered_rows, set_entries, top_entries
 from eckart.optim.galore_plus import GaLorePlus
+from processes import run
 
 SHAPES = [(28, 20), (20, 28), (2, 30)]  # uneven; fewer rows than there are processes
 

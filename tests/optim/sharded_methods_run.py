@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from sharded_process import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -12,6 +11,7 @@ from eckart.optim.contract import Step
 from eckart.optim.dct_adamw import DCTProjection
 from eckart.optim.lift import LIFT
 from eckart.optim.sharding import whole
+from processes import run
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_process import run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from eckart import catalog
 from eckart.optim import ProjectedOptimizer, low_rank_groups, optimizer_class
+from processes import run
 
 METHODS = [(row.name, bits) for row in catalog.select(family="optim") if row.status != "planned" for bits in (32, 8)]
 BEFORE, AFTER, EXAMPLES, WIDTH, INNER = 4, 3, 12, 96, 131

@@ -10,22 +10,13 @@ from torch.nn.functional import cosine_similarity, mse_loss
 from eckart.optim import COAPAdamW, COAPAdamW8bit
 from eckart.optim.coap import correlation_loss, mean_cosine
 from eckart.optim.contract import Step
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 
 
-def gradients(shape: tuple[int, int], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=COAPAdamW, **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(kind, weight, stream, **options)
 
 
 def bases(stream: list[torch.Tensor], **options) -> list[torch.Tensor]:

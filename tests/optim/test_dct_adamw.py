@@ -13,22 +13,13 @@ from eckart.linalg import dct_matrix
 from eckart.optim import DCTAdamW, DCTAdamW8bit
 from eckart.optim.contract import Step
 from eckart.optim.dct_adamw import DCTProjection, select_columns
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 
 
-def gradients(shape: tuple[int, int], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=DCTAdamW, **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(kind, weight, stream, **options)
 
 
 def basis(k: int, transform: str = "dct3") -> torch.Tensor:

@@ -10,23 +10,14 @@ from eckart.optim import FiraAdamW, GaLoreAdamW
 from eckart.optim.contract import Step
 from eckart.optim.fira import Fira
 from eckart.optim.galore import GaLore
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 EXACT = {"refresh": "svd", "stagger": False}
 
 
-def gradients(shape: tuple[int, ...], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=FiraAdamW, **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(kind, weight, stream, **options)
 
 
 def twin(weight, stream, rank, lr, scale, norm="column", residual="paper", gamma=1.01, eps=1e-6, decay=0.0):

@@ -11,22 +11,13 @@ from torch import nn
 from eckart.optim import GaLoreAdamW, GaLoreAdamW8bit
 from eckart.optim.contract import Step
 from eckart.optim.projection import exact_basis, improved_basis
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 
 
-def gradients(shape: tuple[int, int], steps: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=GaLoreAdamW, **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(kind, weight, stream, **options)
 
 
 def twin(weight, stream, rank, lr, interval, scale, betas=(0.9, 0.999), eps=1e-6, decay=0.0):

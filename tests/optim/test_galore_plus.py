@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -15,13 +10,9 @@ import tiny_models
 from eckart.optim import GaLoreAdamW, GaLorePlusAdamW, GaLorePlusAdamW8bit, head_groups, low_rank_groups
 from eckart.optim.contract import Step
 from eckart.optim.galore_plus import GaLorePlus, running_top
+from optimizer_runs import gradients
 
 D = 4  # width of a head
-
-
-def gradients(shape: tuple[int, int], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
 
 
 def run(stream: list[torch.Tensor], kind=GaLorePlusAdamW, **options):
@@ -230,11 +221,3 @@ def test_groups_mark_the_heads_of_attention():
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
-
-
-def test_sharded_heads_and_entries_are_those_of_whole_matrices():
-    script = Path(__file__).with_name("sharded_heads_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

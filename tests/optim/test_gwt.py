@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,23 +11,14 @@ from torch import nn
 from eckart.optim import GWTAdamW
 from eckart.optim.contract import Step
 from eckart.optim.gwt import GWT
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(5, 16), (9, 13), (16, 6)]
 PLAIN = {"rank": 1, "scale": 1.0, "gamma": None, "clip": None}
 
 
-def gradients(shape: tuple[int, ...], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = GWTAdamW([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(GWTAdamW, weight, stream, **options)
 
 
 def haar(size: int, level: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, list[int]]]]:
@@ -215,48 +202,6 @@ def test_other_wavelets_and_eight_bits_fit_a_matrix():
             loss.backward()
             optimizer.step()
         assert float(loss.detach()) < 0.02 * float(target.square().sum())
-
-
-SHARDED = """
-import os, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from eckart.optim.contract import Step
-from eckart.optim.gwt import GWT
-
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-for shape in ((7, 12), (13, 6), (1, 8)):
-    for side in ("left", "right"):
-        if shape[0] == 1 and side == "left":
-            continue
-        method = GWT(rank=2, side=side)
-        generator = torch.Generator().manual_seed(0)
-        parts = state = None
-        for t in range(1, 4):
-            gradient = torch.randn(shape, generator=generator)
-            sharded = distribute_tensor(gradient, mesh, [Shard(0)])
-            if state is None:
-                state, parts = method.allocate(gradient), method.allocate(sharded)
-            expected = method.direction(gradient, state, Step(t), gradient)
-            found = method.direction(sharded, parts, Step(t), sharded)
-            assert found.placements == sharded.placements and found.to_local().shape == sharded.to_local().shape
-            assert torch.allclose(found.full_tensor(), expected, atol=1e-6), (shape, side, t)
-            assert torch.allclose(parts["norm"], state["norm"])
-            assert parts["first"].to_local().numel() <= -(-state["first"].shape[0] // 2) * state["first"].shape[1]
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # see sharded_process.py
-"""
-
-
-def test_either_side_of_sharded_gradients(tmp_path: Path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,13 @@ from eckart.optim import LIFTAdamW, LIFTAdamW8bit
 from eckart.optim.contract import Step
 from eckart.optim.lift import LIFT, low_rank_magnitude
 from eckart.optim.moments import load
+from optimizer_runs import gradients, run_stream
 
 SHAPES = [(24, 15), (15, 24), (18, 18)]
 
 
-def draws(shape: tuple[int, int], count: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
-
-
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=LIFTAdamW, **options):
-    parameter = nn.Parameter(weight.clone())
-    optimizer = kind([parameter], **options)
-    for gradient in stream:
-        parameter.grad = gradient.to(weight.dtype)
-        optimizer.step()
-    return parameter.detach(), optimizer.state[parameter]
+    return run_stream(kind, weight, stream, **options)
 
 
 def largest(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -60,7 +51,7 @@ def twin(weight, stream, rank, r, interval, lr, decay=0.0, betas=(0.9, 0.95), ep
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_it_is_the_algorithm_of_the_paper(shape, decay):
-    weight, stream = draws(shape, 1, seed=0)[0], draws(shape, 8)
+    weight, stream = gradients(shape, 1, seed=0)[0], gradients(shape, 8)
     options = {"rank": 2, "filter_rank": 3, "update_interval": 3, "lr": 0.05, "weight_decay": decay}
     found, state = run(weight, stream, **options)
     expected, masks = twin(weight, stream, 2, 3, 3, 0.05, decay)
@@ -73,8 +64,8 @@ def test_it_is_the_algorithm_of_the_paper(shape, decay):
 @pytest.mark.parametrize("kind", [LIFTAdamW, LIFTAdamW8bit])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_within_an_interval_all_other_entries_keep_their_bits(kind, dtype):
-    weight = draws((60, 50), 1)[0].to(dtype)
-    stream = draws((60, 50), 5)
+    weight = gradients((60, 50), 1)[0].to(dtype)
+    stream = gradients((60, 50), 5)
     options = {"rank": 3, "lr": 0.1, "weight_decay": 0.1, "stochastic_rounding": True}
     found, state = run(weight, stream, kind, **options)
     changed = (found != weight).flatten()
@@ -83,7 +74,7 @@ def test_within_an_interval_all_other_entries_keep_their_bits(kind, dtype):
 
 
 def test_the_state_is_k_integers_and_moments_of_k_numbers():
-    weight, stream = draws((60, 50), 1)[0].float(), draws((60, 50), 2)
+    weight, stream = gradients((60, 50), 1)[0].float(), gradients((60, 50), 2)
     _, state = run(weight, stream, rank=3)
     assert {name: (tuple(value.shape), value.dtype) for name, value in state.items() if name != "step"} == {
         "indices": ((330,), torch.int32), "first": ((330,), torch.float32), "second": ((330,), torch.float32),
@@ -101,17 +92,17 @@ def _unpacked(state, name: str) -> torch.Tensor:
 
 
 def test_a_filter_of_full_rank_selects_the_largest_weights():
-    weight = draws((24, 15), 1)[0]
+    weight = gradients((24, 15), 1)[0]
     assert torch.equal(low_rank_magnitude(weight, 15, torch.Generator()), weight.abs())
-    _, filtered = run(weight, draws((24, 15), 1), rank=2, filter_rank=40)
-    _, plain = run(weight, draws((24, 15), 1), rank=2, selection="magnitude")
+    _, filtered = run(weight, gradients((24, 15), 1), rank=2, filter_rank=40)
+    _, plain = run(weight, gradients((24, 15), 1), rank=2, selection="magnitude")
     expected = largest(weight.abs(), 78).flatten().nonzero()[:, 0]
     assert torch.equal(filtered["indices"].long(), expected)
     assert torch.equal(plain["indices"].long(), expected)
 
 
 def test_other_selections():
-    weight, stream = draws((24, 15), 1)[0], draws((24, 15), 3)
+    weight, stream = gradients((24, 15), 1)[0], gradients((24, 15), 3)
     _, state = run(weight, stream[:1], rank=2, selection="gradient")
     assert torch.equal(state["indices"].long(), largest(stream[0].abs(), 78).flatten().nonzero()[:, 0])
     drawn = [run(weight, stream[:n], rank=2, selection="random", update_interval=2)[1] for n in (1, 1, 2, 3)]
@@ -123,7 +114,7 @@ def test_other_selections():
 
 @pytest.mark.parametrize("weight", [torch.zeros(60, 50), torch.ones(60, 50), torch.ones(60, 50) * 1e-30])
 def test_ties_still_give_k_entries(weight):
-    found, state = run(weight, draws((60, 50), 2), rank=3, update_interval=1)
+    found, state = run(weight, gradients((60, 50), 2), rank=3, update_interval=1)
     assert len(set(state["indices"].tolist())) == 330
     assert bool(found.isfinite().all())
 
@@ -144,14 +135,14 @@ def test_iteration_finds_the_mask_of_the_exact_decomposition(spectrum, transpose
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_moments_of_entries_that_are_chosen_again_are_kept_and_others_start_at_zero(bits):
-    weight, gradient = draws((24, 15), 2)
+    weight, gradient = gradients((24, 15), 2)
     method = LIFT(rank=2, filter_rank=3, update_interval=10, bits=bits)
     state = method.allocate(weight)
     method.direction(gradient, state, Step(1), weight)
     before = {name: value.clone() for name, value in state.items()}
     method.select(gradient, state, Step(11), weight)
     assert all(torch.equal(state[name], value) for name, value in before.items())
-    method.select(gradient, state, Step(21), draws((24, 15), 1, seed=8)[0])
+    method.select(gradient, state, Step(21), gradients((24, 15), 1, seed=8)[0])
     old, new = before["indices"].tolist(), state["indices"].tolist()
     assert 0 < len(set(old) & set(new)) < len(old)
     for name in ("first", "second"):
@@ -162,7 +153,7 @@ def test_moments_of_entries_that_are_chosen_again_are_kept_and_others_start_at_z
 
 def test_a_budget_above_the_matrix_is_torchs_adamw():
     for shape in ((7, 3), (5, 5)):
-        stream, weight = draws(shape, 4), draws(shape, 1)[0]
+        stream, weight = gradients(shape, 4), gradients(shape, 1)[0]
         found, _ = run(weight, stream, rank=3, lr=0.1, weight_decay=0.1, eps=1e-8)
         parameter = nn.Parameter(weight.clone())
         adam = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)

@@ -9,13 +9,9 @@ from torch import nn
 from eckart.optim import GaLoreAdamW, OnlineSubspaceDescent, OnlineSubspaceDescent8bit
 from eckart.optim.online_subspace_descent import orthogonality_gradient
 from eckart.optim.projection import reconstruction_error
+from optimizer_runs import gradients
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
-
-
-def gradients(shape: tuple[int, int], steps: int, seed: int = 3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
 
 
 def run(weight: torch.Tensor, stream: list[torch.Tensor], kind=OnlineSubspaceDescent, rates=(), **options):

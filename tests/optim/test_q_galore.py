@@ -9,11 +9,7 @@ from torch import nn
 from eckart.optim import GaLoreAdamW8bit, QGaLoreAdamW, QGaLoreAdamW32bit, optimizer_class
 from eckart.optim.contract import Step
 from eckart.optim.q_galore import QGaLore, packed, similarity, unpacked
-
-
-def gradients(shape: tuple[int, int], steps: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
+from optimizer_runs import gradients
 
 
 def run(stream: list[torch.Tensor], kind=QGaLoreAdamW, **options):
