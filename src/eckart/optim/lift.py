@@ -34,8 +34,8 @@ from .contract import OptimizerMethod, Step
 from .entries import entries, set_entries
 from .moments import State, load, reindexed, store
 from .optimizer import ProjectedOptimizer
-from .projection import inverse_norm
-from .sharding import left_product, local, right_product, whole
+from .projection import scaled_gram
+from .sharding import local, right_product, whole
 
 __all__ = ["LIFT", "LIFTAdamW", "LIFTAdamW8bit"]
 
@@ -143,13 +143,8 @@ def low_rank_magnitude(weight: Tensor, rank: int, generator: torch.Generator) ->
     """
     if rank >= min(weight.shape):
         return whole(weight).abs()
-    inverse = inverse_norm(weight)
-
-    def gram(x: Tensor) -> Tensor:
-        return left_product(weight, right_product(weight, x * inverse) * inverse)
-
     size, dtype = weight.shape[1], weight.dtype
-    q = leading_eigenvectors(gram, size, rank, tol=_TOL, dtype=dtype, generator=generator)
+    q = leading_eigenvectors(scaled_gram(weight), size, rank, tol=_TOL, dtype=dtype, generator=generator)
     return (whole(right_product(weight, q)) @ q.mT).abs_()
 
 

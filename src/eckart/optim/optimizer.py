@@ -8,6 +8,8 @@ on seed, parameter and step only: a run that is saved and resumed goes on bit fo
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -104,7 +106,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             raise
         group.setdefault("initial_lr", group["lr"])
         if self._fused:
-            self._hook(group)
+            self._hook(len(self.param_groups) - 1)
 
     def method_of(self, group: dict[str, Any]) -> OptimizerMethod:
         """The method with a group's options."""
@@ -198,7 +200,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its embedding")
         gradients = [local(parameter.grad) for _, parameter, _, _ in found if parameter.grad is not None]
-        finite = not gradients or bool(torch.stack([one.sum().isfinite().cpu() for one in gradients]).all())
+        # One answer is waited for, not one for each gradient.
+        sums = [one.sum().isfinite().to(gradients[0].device) for one in gradients]
+        finite = not sums or bool(torch.stack(sums).all())
         if not finite:  # a sum of large numbers may overflow
             finite = all(bool(one.isfinite().all()) for one in gradients)
         if not any_process(not finite, [parameter for _, parameter, _, _ in found]):
@@ -223,23 +227,29 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 yield name, parameter, group, index
                 index += 1
 
-    def _hook(self, group: dict[str, Any]) -> None:
-        """Have the parameters of a group updated as soon as their gradients are there."""
-        passes: dict[int, int] = {}
+    def _hook(self, place: int) -> None:
+        """Have the parameters of a group updated as soon as their gradients are there.
 
-        def update(parameter: Tensor) -> None:
-            passes[id(parameter)] = passes.get(id(parameter), 0) + 1
-            if passes[id(parameter)] % self._accumulation:
-                return
-            (entry,) = (member for member in self.members() if member[1] is parameter)
-            with torch.no_grad():
-                if self._usable([entry]):
-                    self._update(*entry)
-            parameter.grad = None
-
-        for _, parameter in _named(group):
+        Loading a state makes new groups, so what is kept of the group is its place.
+        """
+        start = sum(len(group["params"]) for group in self.param_groups[:place])
+        for index, (name, parameter) in enumerate(_named(self.param_groups[place]), start):
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(update)
+                passes = itertools.count(1)
+                parameter.register_post_accumulate_grad_hook(
+                    functools.partial(self._update_in_backward, name, place, index, passes)
+                )
+
+    def _update_in_backward(
+        self, name: str, place: int, index: int, passes: Iterator[int], parameter: nn.Parameter
+    ) -> None:
+        if next(passes) % self._accumulation:
+            return
+        entry = (name, parameter, self.param_groups[place], index)
+        with torch.no_grad():
+            if self._usable([entry]):
+                self._update(*entry)
+        parameter.grad = None
 
 
 def _named(group: dict[str, Any]) -> list[tuple[str, nn.Parameter]]:

@@ -5,6 +5,8 @@ R = A Q,   A (a, b) = G or Gᵀ, Q (b, r) with Qᵀ Q = I, near the leading righ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..linalg import eigh, orthogonal_iteration, svd
 from .moments import State, load, store
 from .sharding import left_product, right_product, whole, whole_norm
 
-__all__ = ["carry_moments", "exact_basis", "improved_basis", "inverse_norm", "reconstruction_error"]
+__all__ = ["carry_moments", "exact_basis", "improved_basis", "inverse_norm", "reconstruction_error", "scaled_gram"]
 
 _OVERSAMPLING = 16  # random directions tried beside the basis that is there
 _DENSE_FROM = 0.5  # share of the directions from which the Gram matrix is decomposed instead
@@ -34,13 +36,7 @@ def improved_basis(
         generator: Source of the random directions, on A's device.
         iterations: Products with Aᵀ A.
     """
-    size = a.shape[1]
-    norm = float(whole(torch.linalg.vector_norm(a)))
-    inverse = 1 / norm if norm > 0 else 1.0
-
-    def gram(x: Tensor) -> Tensor:
-        return left_product(a, right_product(a, x * inverse) * inverse)
-
+    size, gram = a.shape[1], scaled_gram(a)
     width = rank + _OVERSAMPLING
     if width >= _DENSE_FROM * size:
         q = eigh(gram(torch.eye(size, dtype=a.dtype, device=a.device)), rank).vectors
@@ -50,8 +46,9 @@ def improved_basis(
     block = fresh if start is None else torch.cat([start.to(a.dtype), fresh], dim=1)
     q = orthogonal_iteration(gram, block, iterations + (start is None))
     low = right_product(a, q)
-    turn = eigh(left_product(low * inverse, low * inverse), rank).vectors
-    return q @ turn, low @ turn if low is whole(low) else right_product(low, turn)
+    unit = low * inverse_norm(a)
+    turn = eigh(left_product(unit, unit), rank).vectors
+    return q @ turn, right_product(low, turn)
 
 
 def exact_basis(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +61,12 @@ def inverse_norm(a: Tensor) -> Tensor:
     """1 / ‖A‖_F, the same in every process; 0 for zeros."""
     norm = whole_norm(a)
     return torch.where(norm > torch.finfo(norm.dtype).tiny, norm.reciprocal(), 0.0)
+
+
+def scaled_gram(a: Tensor) -> Callable[[Tensor], Tensor]:
+    """x ↦ Aᵀ A x / ‖A‖², (b, k) plain and the same in every process, for A (a, b)."""
+    inverse = inverse_norm(a)
+    return lambda x: left_product(a, right_product(a, x * inverse) * inverse)
 
 
 def reconstruction_error(a: Tensor, basis: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:

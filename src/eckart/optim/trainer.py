@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -28,8 +29,6 @@ def optimizer_class(method: str, *, bits: int | None = None) -> type[ProjectedOp
         >>> optimizer_class("galore").__name__
         'GaLoreAdamW'
     """
-    import sys
-
     found = catalog.get(method, family="optim").load()
     module = sys.modules[found.__module__]
     wanted = found.bits if bits is None else bits
