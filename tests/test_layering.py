@@ -18,6 +18,7 @@ FAMILIES = (
 # The catalog is plain data that everyone may read; the package and its loading hook stand above all rooms.
 LEVELS = (
     ("catalog",),
+    ("options",),
     ("linalg",),
     ("structures",),
     ("models",),

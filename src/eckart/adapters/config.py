@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 
 from .. import catalog
+from ..options import make
 from .contract import AdapterMethod
 
 __all__ = ["FORMAT_VERSION", "PEFT_TYPE", "EckartConfig", "make_method"]
@@ -27,13 +28,7 @@ def make_method(name: str, options: dict[str, Any]) -> AdapterMethod:
         >>> make_method("pissa", {"solver": "exact"})
         PiSSA(solver='exact')
     """
-    target = catalog.get(name, family="adapters").load()
-    known = [field.name for field in fields(target) if field.init]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        listing = ", ".join(known) or "none"
-        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}; it has: {listing}")
-    method: AdapterMethod = target(**options)
+    method: AdapterMethod = make(catalog.get(name, family="adapters"), options, label=f"method {name!r}")
     return method
 
 

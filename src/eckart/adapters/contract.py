@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..models.calibrate import Statistics
+from ..options import Options
 from .site import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Adapter(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class AdapterMethod(ABC):
+class AdapterMethod(Options, ABC):
     """A published method with its options; makes one `Adapter` a site.
 
     A subclass is a frozen dataclass whose fields are the options of the paper.
@@ -191,26 +192,13 @@ class AdapterMethod(ABC):
         """
         return None
 
-    def check_choices(self, **choices: Any) -> None:
-        """Refuse an option that is none of its `Literal`'s values.
-
-        Args:
-            choices: Option by name -> its ``Literal``.
-
-        Raises:
-            ValueError: Which option, and what it may be.
-        """
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}")
-
-    def configure(self, model: nn.Module, config: Any) -> None:  # noqa: B027  # most have nothing to say
+    def configure(self, model: nn.Module, config: Any) -> None:  # most have nothing to say
         """Fill in what the method decides for the whole model, such as ``config.modules_to_save``; mostly nothing.
 
         Asked before anything is planned, not for an adapter that is loaded.
         """
 
-    def link(self, adapters: Mapping[str, Adapter]) -> None:  # noqa: B027
+    def link(self, adapters: Mapping[str, Adapter]) -> None:
         """Let adapters share tensors, by `Adapter.share`; called once all are built, before they have values."""
 
     def total_trainable(self, sites: Mapping[str, Site], ranks: Mapping[str, int]) -> int:

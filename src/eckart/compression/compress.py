@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, cast, get_args
 
 import torch
@@ -24,6 +24,7 @@ from ..models.replay import Batch
 from ..models.result import Result
 from ..models.select import Where, linears
 from ..models.topology import blocks
+from ..options import make
 from ..structures import EckartWarning
 from .budget import Budget
 from .checks import check_finite, check_promises, check_statistics, check_untouched, describe, inside_blocks
@@ -188,15 +189,7 @@ def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMe
     if row.family != "compression" or row.target is None:
         known = ", ".join(r.name for r in catalog.select(family="compression") if r.target)
         raise ValueError(f"{method} ({row.family}, {row.status}) cannot compress a model; methods that can: {known}")
-    kind = row.load()
-    allowed = [field.name for field in fields(kind)]
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        raise ValueError(f"{method} has no option {', '.join(unknown)}; it has: {', '.join(allowed) or 'none'}")
-    try:
-        made: WeightMethod = kind(**options)
-    except TypeError as error:
-        raise ValueError(f"{method} cannot use {options}: {error}; see `eckart methods {method}`") from error
+    made: WeightMethod = make(row, options)
     return made
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..linalg.weighted import weighted_svd
 from ..models.calibrate import SEQUENTIAL, Statistics
+from ..options import Options
 
 __all__ = ["Factors", "WeightMethod"]
 
@@ -41,7 +42,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class WeightMethod(ABC):
+class WeightMethod(Options, ABC):
     """A method that compresses one weight matrix at a time.
 
     A subclass says in `weight_of_inputs` which inputs matter to it, and inherits the best low-rank

@@ -14,7 +14,7 @@ included. The rank allocation of V2 is `allocation="svd-llm-v2"`, open to every 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
@@ -83,8 +83,7 @@ class SVDLLM(WeightMethod):
     update: bool = False
 
     def __post_init__(self) -> None:
-        if self.whitening not in get_args(Whitening):
-            raise ValueError(f"whitening must be one of {', '.join(get_args(Whitening))}, not {self.whitening!r}")
+        self.check_choices(whitening=Whitening)
         if not isinstance(self.update, bool):
             raise ValueError(f"update must be true or false, not {self.update!r}")
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..options import Options
 from .moments import State
 from .rules import Rule, Rules, rule
 from .sharding import lift_product, right_product
@@ -65,7 +66,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class OptimizerMethod(ABC):
+class OptimizerMethod(Options, ABC):
     """A published optimizer with its options: what becomes of the gradient of one matrix.
 
     A subclass is a frozen dataclass whose further fields are the options of the paper.
@@ -94,8 +95,7 @@ class OptimizerMethod(ABC):
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.rule not in get_args(Rules):
-            raise ValueError(f"rule must be one of {', '.join(get_args(Rules))}, not {self.rule!r}")
+        self.check_choices(rule=Rules)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
         if self.eps < 0:
@@ -107,11 +107,11 @@ class OptimizerMethod(ABC):
         """The update rule with this method's numbers."""
         return rule(self.rule, self.betas, self.eps, self.bits)
 
+    @abstractmethod
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of this shape is projected; the others take the dense rule."""
-        return len(shape) == 2 and self.rank is not None and min(shape) > self.rank
+        """Whether the method is applied to a parameter of this shape; the others take the dense rule."""
 
-    def check_shape(self, name: str, shape: Sequence[int]) -> None:  # noqa: B027 - most take every shape that fits
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """Refuse a parameter that fits but cannot be treated with these options.
 
         Args:
@@ -154,17 +154,6 @@ class OptimizerMethod(ABC):
         for name, value in numbers.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-
-    def check_choices(self, **choices: Any) -> None:
-        """Refuse an option that is none of its `Literal`'s values.
-
-        Raises:
-            ValueError: Which option, and what it may be.
-        """
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                known = ", ".join(map(str, get_args(literal)))
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
