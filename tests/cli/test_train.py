@@ -83,6 +83,8 @@ def test_refusals(tiny, mute, sums, tmp_path, refused):
     out = tmp_path / "model"
     refused("train", tiny, "--out", out, "--method", "galroe", message="unknown method 'galroe'; did you mean galore")
     refused("train", tiny, "--out", out, "--set", "update_interval=0", message="update_interval must be positive")
+    refused("train", tiny, "--out", out, "--set", "interval=5", message="galore has no option interval; it has: rank")
+    refused("train", tiny, "--out", out, "--bits", 4, message="bits must be 8 or 32, not 4")
     refused("train", tiny, "--out", out, "--resume", message="--resume and --tensorboard need --workspace")
     refused("train", mute, "--out", out, message="has no tokenizer")
     refused(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from eckart.cli._options import load_model
+
+if TYPE_CHECKING:
+    from eckart.models.training import Schedule
 
 Setting = Annotated[
     list[str] | None,
@@ -34,6 +39,33 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the workspace
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write tensorboard logs to the workspace.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")]
+
+
+def make_schedule(
+    *, workspace: Path | None, save_every: int, resume: bool, tensorboard: bool, **others: Any
+) -> Schedule:
+    """The schedule that the options ask for; see `eckart.models.training.Schedule`.
+
+    Raises:
+        ValueError: a number makes no sense, or there is nowhere to resume from or to log to.
+    """
+    from eckart.models.training import Schedule
+
+    if (resume or tensorboard) and workspace is None:
+        raise ValueError("--resume and --tensorboard need --workspace, the directory of checkpoints and logs")
+    return Schedule(save_every=save_every if workspace is not None else None, tensorboard=tensorboard, **others)
+
+
+def load_to_train(model: str, dtype: str, device: str, *, progress: bool) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Raises:
+        ValueError: it has no tokenizer.
+    """
+    loaded, tokenizer = load_model(model, dtype, device, progress=progress)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer; add its tokenizer files to the directory")
+    return loaded, tokenizer
 
 
 def read_training_data(data: str, template: str, field: str, tokenizer: Any, length: int) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli._options import Device, Dtype, Field, Json, Model, Quiet, Where, load_model, parse_setting, prepare
+from eckart.cli._options import Device, Dtype, Field, Json, Model, Quiet, Where, parse_setting, prepare
 from eckart.cli._output import print_json
 from eckart.cli._training import (
     Accumulation,
@@ -27,6 +27,8 @@ from eckart.cli._training import (
     Tensorboard,
     TokensEach,
     Workspace,
+    load_to_train,
+    make_schedule,
     print_figures,
     read_training_data,
     split_off,
@@ -71,27 +73,24 @@ def command(
     from eckart.adapters.train import train
     from eckart.models import check_target
     from eckart.models.files import atomic_directory
-    from eckart.models.training import Schedule
 
     options = dict(parse_setting(pair) for pair in option or [])
     config = EckartConfig(method=method, r=rank, options=options)
-    if (resume or tensorboard) and workspace is None:
-        raise ValueError("--resume and --tensorboard need --workspace, the directory of checkpoints and logs")
-    schedule = Schedule(
+    schedule = make_schedule(
         steps=steps,
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
         accumulation=accumulation,
         mixed_precision=mixed_precision,
-        save_every=save_every if workspace is not None else None,
+        workspace=workspace,
+        save_every=save_every,
+        resume=resume,
         tensorboard=tensorboard,
         seed=seed,
     )
     check_target(out, force=force)
-    loaded, tokenizer = load_model(model, dtype, device, progress=not quiet)
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer; add its tokenizer files to the directory")
+    loaded, tokenizer = load_to_train(model, dtype, device, progress=not quiet)
     examples = read_training_data(data, template, field, tokenizer, length)
     learnt, judged = split_off(examples, held_out)
     adapted, seconds = _adapted(loaded, config, alpha, where, learnt, seed, quiet)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli._options import Device, Dtype, Field, Json, Model, Quiet, Where, load_model, parse_setting, prepare
+from eckart.cli._options import Device, Dtype, Field, Json, Model, Quiet, Where, parse_setting, prepare
 from eckart.cli._output import print_json
 from eckart.cli._training import (
     Accumulation,
@@ -27,6 +27,8 @@ from eckart.cli._training import (
     Tensorboard,
     TokensEach,
     Workspace,
+    load_to_train,
+    make_schedule,
     print_figures,
     read_training_data,
     split_off,
@@ -99,18 +101,15 @@ def command(
 ) -> None:
     """Pre-train or fully fine-tune a model with transformers' Trainer and an optimizer that needs less memory."""
     prepare(dtype, device)
-    from eckart import save
+    from eckart import catalog, save
     from eckart.models import check_target
-    from eckart.models.training import Schedule
-    from eckart.optim import optimizer_class
     from eckart.optim.train import train
+    from eckart.options import make
 
     options = dict(parse_setting(pair) for pair in option or [])
     if method != "adamw":
-        optimizer_class(method, bits=bits).method(**options)
-    if (resume or tensorboard) and workspace is None:
-        raise ValueError("--resume and --tensorboard need --workspace, the directory of checkpoints and logs")
-    schedule = Schedule(
+        make(catalog.get(method, family="optim"), options | ({} if bits is None else {"bits": bits}))
+    schedule = make_schedule(
         steps=steps,
         epochs=epochs,
         learning_rate=learning_rate,
@@ -118,14 +117,14 @@ def command(
         accumulation=accumulation,
         weight_decay=weight_decay,
         mixed_precision=mixed_precision,
-        save_every=save_every if workspace is not None else None,
+        workspace=workspace,
+        save_every=save_every,
+        resume=resume,
         tensorboard=tensorboard,
         seed=seed,
     )
     check_target(out, force=force)
-    loaded, tokenizer = load_model(model, dtype, device, progress=not quiet)
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer; add its tokenizer files to the directory")
+    loaded, tokenizer = load_to_train(model, dtype, device, progress=not quiet)
     if from_scratch:
         loaded = _untrained(loaded, seed)
     learnt, judged = split_off(read_training_data(data, template, field, tokenizer, length), held_out)

@@ -173,6 +173,8 @@ def train(
         callbacks=[*callbacks, _Bar(progress)],
         optimizer_cls_and_kwargs=optimizer,
     )
+    if optimizer is not None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.create_optimizer()  # what is wrong with its options shows before the first evaluation
     # Theirs write every logged line to standard output, where a command prints its result.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -66,7 +66,6 @@ def train(
         given = {"weight_decay": schedule.weight_decay, "seed": schedule.seed, **(options or {})}
         given |= {} if bits is None else {"bits": bits}
         optimizer = for_trainer(method, model, rank, where, lr=schedule.learning_rate, **given)
-        optimizer[0](**optimizer[1])  # what is wrong with the options shows before the first evaluation
     written = {"method": method, "rank": rank if method else None, "bits": bits if method else None}
     return train_model(
         model,
