@@ -13,7 +13,6 @@ import copy
 import statistics
 from typing import Any
 
-import torch
 from adapt_sst2 import RATES, SMOKE, Job, Size, accuracy, fit, load
 from adapter_job import best, best_rate, lora_config
 from common import record
@@ -84,7 +83,7 @@ def main() -> None:
     if smoke:
         print(figures)
     else:
-        record("dylora", figures, method="dylora", seeds=Size.seeds, torch_threads=torch.get_num_threads())
+        record("dylora", figures, method="dylora", seeds=Size.seeds)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def contenders() -> dict[str, Optimizer]:
             peer("apollo_torch", "APOLLOAdamW", proj="random", scale_type="channel", proj_type="std")
         )
     for row in catalog.select(family="optim"):
-        if row.status != "planned" and row.name != "welore":
+        if row.status != "planned":
             unscaled = optimizer_class(row.name).method().__dict__.get("scale", 1.0) == 1.0
             rates = (full, tune) if unscaled else (Optimizer.rates, Optimizer.tune_rates)
             found[row.name] = Optimizer(ours(row.name), *rates)
