@@ -93,3 +93,11 @@ def refused(run, tmp_path) -> Callable[..., None]:
 
 def _tree(path: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Questions whose answers a model can learn in a few steps."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(json.dumps({"q": f"sum {i}", "a": "four"}) for i in range(12)))
+    return path

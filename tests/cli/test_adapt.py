@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from peft import PeftModel
 
 import tiny_checkpoints
 from eckart.models import load
-
-
-@pytest.fixture
-def sums(tmp_path):
-    """Questions whose answers a model can learn in a few steps."""
-    path = tmp_path / "sums.jsonl"
-    path.write_text("\n".join(json.dumps({"q": f"sum {i}", "a": "four"}) for i in range(12)))
-    return path
 
 
 def adapt(run_json, tiny, sums, out, *more):
