@@ -18,7 +18,7 @@ from eckart._hooks import install as _install_hooks
 
 if TYPE_CHECKING:
     from eckart.adapters import adapt
-    from eckart.analysis import spectra
+    from eckart.analysis import analyze, spectra
     from eckart.compression import compress
     from eckart.linalg import allocate, svd
     from eckart.models import calibrate, export_dense, load, save
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "adapt",
     "allocate",
+    "analyze",
     "calibrate",
     "compress",
     "export_dense",
@@ -41,6 +42,7 @@ __all__ = [
 # Where each public name lives. Nothing here is imported before it is asked for.
 _LAZY = {
     "adapt": "eckart.adapters",
+    "analyze": "eckart.analysis",
     "allocate": "eckart.linalg",
     "calibrate": "eckart.models",
     "compress": "eckart.compression",

@@ -185,8 +185,9 @@ class _Job:
 
 def _check(model: Any, where: Any) -> None:
     """Find out, before anything is measured for it, whether the model can be compressed at all."""
-    from eckart.compression.checks import check_finite, check_untouched, inside_blocks
+    from eckart.compression.checks import check_untouched, inside_blocks
     from eckart.models import blocks, linears
+    from eckart.models.finite import check_finite
 
     check_untouched(model)
     inside_blocks(linears(model, where), blocks(model))

@@ -27,10 +27,10 @@ def command(
 ) -> None:
     """Measure perplexity, tokens per second and peak memory; every window is predicted on its own."""
     prepare(dtype, device)
-    from eckart.compression.checks import check_finite
     from eckart.models import model_bytes, num_parameters, peak_memory, perplexity, text_batches
     from eckart.models.batches import check_source
     from eckart.models.evaluate import is_causal
+    from eckart.models.finite import check_finite
     from eckart.models.result import format_bytes
 
     check_source(text or None)

@@ -31,8 +31,8 @@ def command(
     import torch
     from transformers import TextStreamer
 
-    from eckart.compression.checks import check_finite
     from eckart.models.evaluate import context_length
+    from eckart.models.finite import check_finite
 
     loaded, tokenizer = load_model(model, dtype, device)
     network: Any = loaded

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..linalg import all_finite
 from ..models.calibrate import Statistics
 from ..models.quantizer import METHOD, specs
 from ..models.result import Result
 from ..models.select import LinearRef, Selection, Skipped
 from ..models.topology import Block, block_of
 
-__all__ = ["check_finite", "check_promises", "check_statistics", "check_untouched", "describe", "inside_blocks"]
+__all__ = ["check_promises", "check_statistics", "check_untouched", "describe", "inside_blocks"]
 
 
 def check_untouched(model: nn.Module) -> None:
@@ -51,19 +50,6 @@ def inside_blocks(selection: Selection, blocks: list[Block]) -> Selection:
     if not taken:
         raise ValueError("none of the selected layers can be compressed: " + "; ".join(map(describe, skipped)))
     return Selection(taken, skipped)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or Inf in any weight: one is enough to spoil the inputs of all layers after it.
-
-    Weights on the meta device are checked when they are read.
-
-    Raises:
-        ValueError: naming the first such weight.
-    """
-    for name, weight in model.named_parameters():
-        if weight.device.type != "meta" and not all_finite(weight):
-            raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")
 
 
 def check_statistics(given: Mapping[str, Statistics], members: list[LinearRef], needs: frozenset[str]) -> None:

@@ -18,6 +18,7 @@ from ..linalg.rank import Form
 from ..models.batches import as_batches, text_batches
 from ..models.calibrate import SEQUENTIAL, Statistics, calibrate
 from ..models.evaluate import model_bytes, num_parameters, peak_memory
+from ..models.finite import check_finite
 from ..models.groups import evaluating
 from ..models.quantizer import mark
 from ..models.replay import Batch
@@ -27,7 +28,7 @@ from ..models.topology import blocks
 from ..options import make
 from ..structures import EckartWarning
 from .budget import Budget
-from .checks import check_finite, check_promises, check_statistics, check_untouched, describe, inside_blocks
+from .checks import check_promises, check_statistics, check_untouched, describe, inside_blocks
 from .contract import WeightMethod
 from .runner import InMemory, Plan, Walk, Weights
 

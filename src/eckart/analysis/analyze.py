@@ -1,0 +1,122 @@
+"""The verb: look at a model with one of the published analyses, and leave it as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import catalog
+from ..models.batches import as_batches
+from ..models.evaluate import context_length
+from ..models.finite import check_finite
+from ..models.groups import evaluating
+from ..models.replay import Batch
+from ..models.select import Where
+from ..options import make
+from .contract import Analysis, AnalysisMethod, Subject
+
+__all__ = ["analyze"]
+
+_WHAT = {
+    "base": "a second model to compare with; pass base=",
+    "data": "batches of inputs; pass data=",
+    "labels": 'batches with "labels", -100 where a token is not part of the answer',
+}
+
+
+def analyze(
+    model: nn.Module,
+    method: str | AnalysisMethod,
+    *,
+    base: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    where: Where | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Analysis:
+    """Figures of a model by a published analysis.
+
+    Args:
+        model: a transformers model, on any device.
+        method: a catalog name (`eckart methods --family analysis`), or a method with its options.
+        base: the model that it is compared with, for methods that need two.
+        data: batches of inputs for methods that need them: dictionaries of tensors, or tensors of token ids.
+        where: which linears, as in `eckart.models.linears`.
+        progress: show bars with the time left.
+        options: the method's own options, when it is given by name.
+
+    Returns:
+        Figures, one row a layer, head or text, and tensors to go on with. The models are as they were.
+
+    Raises:
+        UnknownMethodError: with the nearest names.
+        ValueError: a bad option, something that the method needs is missing, two models of different shapes, inputs
+            longer than the context, or NaN or Inf in a weight (named by layer).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> found = analyze(LlamaForCausalLM(config), "matrix-nuclear-norm", data=[torch.arange(24)], progress=False)
+        >>> found.rows[0]["tokens"]
+        24
+    """
+    chosen = _made(method, options)
+    name = next((row.name for row in catalog.select(family="analysis") if _is(row, chosen)), type(chosen).__name__)
+    batches = as_batches(data) if data is not None else []
+    given = {"base": base is not None, "data": bool(batches), "labels": all("labels" in one for one in batches)}
+    for need in ("base", "data", "labels"):
+        if need in chosen.needs and not given[need]:
+            raise ValueError(f"{name} needs {_WHAT[need]}")
+    for one in (model, base):
+        if one is not None:
+            check_finite(one)
+    if base is not None:
+        _check_same_shapes(model, base)
+    device = next(model.parameters()).device
+    subject = Subject(model, base, [_checked(model, one, device) for one in batches], where, progress)
+    start = time.perf_counter()
+    with evaluating(model), evaluating(base if base is not None else nn.Identity()):
+        found = chosen.analyze(subject)
+    found.method, found.settings, found.seconds = name, asdict(chosen), time.perf_counter() - start
+    return found
+
+
+def _made(method: str | AnalysisMethod, options: dict[str, Any]) -> AnalysisMethod:
+    if isinstance(method, AnalysisMethod):
+        if options:
+            raise ValueError(f"give options to {type(method).__name__}(...) itself, or the method by name")
+        return method
+    made: AnalysisMethod = make(catalog.get(method, family="analysis"), options)
+    return made
+
+
+def _is(row: catalog.Method, method: AnalysisMethod) -> bool:
+    return row.target == f"{type(method).__module__}:{type(method).__name__}"
+
+
+def _check_same_shapes(model: nn.Module, base: nn.Module) -> None:
+    """Refuse two models of which a parameter that both have differs in shape, or which share none."""
+    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
+    common = {name: tuple(p.shape) for name, p in model.named_parameters() if name in shapes}
+    if not common:
+        raise ValueError("the two models have no parameter in common; compare a model with what it was made from")
+    for name, shape in common.items():
+        if shape != shapes[name]:
+            raise ValueError(
+                f"{name} has the shape {shape} in the model and {shapes[name]} in the base; "
+                "compare a model with what it was made from"
+            )
+
+
+def _checked(model: nn.Module, batch: Batch, device: torch.device) -> Batch:
+    """A batch on the model's device, not longer than its context."""
+    ids, longest = batch.get("input_ids"), context_length(model)
+    if ids is not None and longest is not None and ids.shape[1] > longest:
+        raise ValueError(f"an input of {ids.shape[1]} tokens is longer than the model's context of {longest}; cut it")
+    return {name: tensor.to(device) for name, tensor in batch.items()}
