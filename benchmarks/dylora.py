@@ -1,7 +1,7 @@
 """DyLoRA on the sentiment job: one training for all ranks against a LoRA trained for each.
 
 DyLoRA of rank 4 is trained for twice the steps of one LoRA, half of what the four take together, and evaluated at every
-rank; three seeds each, learning rate of both the best of three on the dev set at the full rank:
+rank; three seeds each, learning rate of both chosen on the dev set at the full rank, as in the job:
 
 python benchmarks/dylora.py [--smoke]
 """
@@ -13,8 +13,8 @@ import copy
 import statistics
 from typing import Any
 
-from adapt_sst2 import RATES, SMOKE, Job, Size, accuracy, fit, load
-from adapter_job import best, best_rate, lora_config
+from adapt_sst2 import RATES, SMOKE, Job, Size, accuracy, finalists, fit, load, search
+from adapter_job import lora_config
 from common import record
 
 from eckart import adapt
@@ -46,19 +46,16 @@ def at_every_rank(job: Job, model: Any) -> dict[int, float]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    def rate_of(build: Any) -> float:
-        def mistakes(rate: float) -> float:
-            return 1 - accuracy(job, fit(job, build, rate, job.size.search_steps, 0)[0], job.dev)
-
-        return best(best_rate(mistakes, RATES))
+    def rate_of(build: Any, steps: int) -> float:
+        return next(iter(finalists(job, build, search(job, build, RATES), steps)))
 
     seeds = range(job.size.seeds)
-    rate, time_of_one, nested = rate_of(dylora), [], []
+    rate, time_of_one, nested = rate_of(dylora, 2 * job.size.steps), [], []
     for seed in seeds:
         model, seconds = fit(job, dylora, rate, 2 * job.size.steps, seed)
         nested.append(at_every_rank(job, model))
         time_of_one.append(sum(seconds))
-    rate, time_of_all, figures = rate_of(lora(RANK)), 0.0, {}
+    rate, time_of_all, figures = rate_of(lora(RANK), job.size.steps), 0.0, {}
     for rank in range(1, RANK + 1):
         scores = []
         for seed in seeds:
