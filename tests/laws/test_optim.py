@@ -153,6 +153,19 @@ def test_updates_in_the_backward_pass_give_the_same(method, accumulation):
     assert same(plain, fused)
 
 
+def test_parameters_that_the_backward_pass_does_not_know_are_not_left_untrained_in_silence():
+    """As accelerate does it under FSDP2: other parameters in the groups of an optimizer that is there already."""
+    model = base()
+    chosen = optimizer("galore", model, fused_backward=True)
+    for group in chosen.param_groups:
+        group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+    chosen.step()  # nothing has a gradient yet
+    first = chosen.param_groups[0]["params"][0]
+    first.grad = torch.ones_like(first)
+    with pytest.raises(RuntimeError, match="make the optimizer after the model is sharded"):
+        chosen.step()
+
+
 @every
 def test_a_parameter_without_gradient_waits(method):
     model = base()

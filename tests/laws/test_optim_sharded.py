@@ -22,18 +22,18 @@ def runs(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sharded")
     launch(SCRIPT, 2, "start", str(directory))
     launch(SCRIPT, 3, "resume", str(directory))
+    launch(SCRIPT, 2, "accelerate", str(directory))
     return directory
 
 
 @every
 def test_two_processes_equal_one(runs, method, bits):
-    model = sharded_run.build()
-    chosen = sharded_run.optimizer(model, method, bits)
-    sharded_run.train(model, chosen, 0, sharded_run.BEFORE + sharded_run.AFTER, slice(None))
-    found = torch.load(runs / f"{method}-{bits}-start-2.pt")
-    assert found.keys() == dict(model.named_parameters()).keys()
-    for name, p in model.named_parameters():
-        _near(found[name], p.detach(), bits)
+    _equal_one_process(torch.load(runs / f"{method}-{bits}-start-2.pt"), method, bits)
+
+
+@every
+def test_two_processes_of_accelerate_equal_one(runs, method, bits):
+    _equal_one_process(torch.load(runs / f"{method}-{bits}-accelerate-2.pt"), method, bits)
 
 
 @every
@@ -41,6 +41,15 @@ def test_three_processes_go_on_where_two_stopped(runs, method, bits):
     started, resumed = (torch.load(runs / f"{method}-{bits}-{run}.pt") for run in ("start-2", "resume-3"))
     for name, value in started.items():
         _near(resumed[name], value, bits)
+
+
+def _equal_one_process(found: dict[str, torch.Tensor], method: str, bits: int) -> None:
+    model = sharded_run.build()
+    chosen = sharded_run.optimizer(model, method, bits)
+    sharded_run.train(model, chosen, 0, sharded_run.BEFORE + sharded_run.AFTER, slice(None))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        _near(found[name], p.detach(), bits)
 
 
 def _near(found: torch.Tensor, expected: torch.Tensor, bits: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .contract import OptimizerMethod, Step
 from .loading import check_state, copied, places
@@ -82,6 +83,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             raise ValueError("accumulation must be at least 1, and is for fused_backward only")
         self._nonfinite, self._seed, self._accumulation = nonfinite, seed, accumulation
         self._fused = fused_backward
+        self._hooked = WeakIdKeyDictionary()
         self._stochastic = stochastic_rounding
         self._built: dict[tuple[Any, ...], OptimizerMethod] = {}
         defaults = {**known, **self.options, **options, "lr": lr, "weight_decay": weight_decay}
@@ -129,13 +131,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss.
 
         Raises:
-            RuntimeError: Sparse gradients, or NaN or Inf in one of them (see ``nonfinite``); nothing is changed.
+            RuntimeError: Sparse gradients, or NaN or Inf in one of them (see ``nonfinite``), or parameters that
+                ``fused_backward`` does not know because they were put into the groups later; nothing is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._fused:
+            self._check_hooks()
             return loss
         found = [entry for entry in self.members() if entry[1].grad is not None]
         if self._usable(found):
@@ -238,6 +242,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 passes = itertools.count(1)
                 parameter.register_post_accumulate_grad_hook(
                     functools.partial(self._update_in_backward, name, place, index, passes)
+                )
+                self._hooked[parameter] = True
+
+    def _check_hooks(self) -> None:
+        """Refuse to go on silently where something has put other parameters into the groups, as accelerate does."""
+        for name, parameter, _, _ in self.members():
+            if parameter.requires_grad and parameter.grad is not None and parameter not in self._hooked:
+                raise RuntimeError(
+                    f"{name} is not the parameter that this optimizer was made for, so nothing updates it in the "
+                    "backward pass; make the optimizer after the model is sharded, or without fused_backward"
                 )
 
     def _update_in_backward(
