@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 
-.PHONY: help install demo test test-slow bench clean
+.PHONY: help install demo test test-slow browser bench clean
 
 help:
 	@echo "make install    create .venv and install Eckart and the demo model"
 	@echo "make demo       compress the demo model and print what it cost and gained"
 	@echo "make test       lint, types and tests (under 15 minutes on 2 cores)"
 	@echo "make test-slow  the slower tests"
+	@echo "make browser    install headless Chromium, which the tests of the report's page run in (Debian, as root)"
 	@echo "make bench      measure the methods again and draw the picture"
 	@echo "make clean      remove caches and the compressed demo model"
 
@@ -47,6 +48,17 @@ test: $(DEV_INSTALLED)
 
 test-slow: $(DEV_INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+# Without it the tests of the report's page are left out, or fail if ECKART_BROWSER_REQUIRED is set.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \
+		echo "Chromium is there already"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -yq --no-install-recommends chromium chromium-driver fonts-dejavu-core; \
+	else \
+		echo "Install chromium and chromedriver with your system's packages, or run this as root on Debian"; exit 1; \
+	fi
 
 # The package is the carrier of a sentence encoder's weights; it is found, never imported.
 bench: $(INSTALLED)

@@ -66,13 +66,15 @@ def test_constraints_are_exact_and_inside_the_accepted_ranges():
     assert not {"llm", "llama-cpp-python"} & set(pinned), "the demo needs the weights' carrier alone"
 
 
-def test_ci_runs_the_tests_and_nothing_else():
-    lines = _source(ROOT / ".ci" / "run").splitlines()
-    assert lines == ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test"]
+def test_ci_runs_the_tests_with_a_browser_and_nothing_else():
+    shebang, *lines = _source(ROOT / ".ci" / "run").splitlines()
+    assert shebang == "#!/usr/bin/env bash"
+    start = ["set -euo pipefail", 'cd "$(dirname "$0")/.."']
+    assert lines == [*start, "make browser", "export ECKART_BROWSER_REQUIRED=1", "exec make test"]
 
 
 def test_make_has_the_promised_targets():
-    assert {"install", "demo", "test", "test-slow", "bench", "clean"} <= _targets()
+    assert {"install", "demo", "test", "test-slow", "browser", "bench", "clean"} <= _targets()
     for script in re.findall(r"\S+\.py\b", _source(ROOT / "Makefile")):
         assert (ROOT / script).exists(), script
 

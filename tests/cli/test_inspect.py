@@ -25,20 +25,62 @@ def test_json_has_the_figures_of_every_weight(tiny, run_json):
         assert layer["break_even_rank"] == -(-m * n // (m + n))
 
 
-def test_the_table_fits_a_terminal_and_names_every_weight(tiny, run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = run("inspect", tiny)
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_table_fits_a_terminal_and_names_every_weight(tiny, run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run("inspect", tiny, "--overlaps", "--rank", "4")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["layer", "shape", "stable", "effective", "10%", "25%", "50%", "break-even"]
+    assert max(map(len, lines)) <= columns
+    titles = lines[0].replace("keep ", "keep").split()
+    some = {"layer", "spectrum", "shape", "entropy", "alpha", "noise", "keep20%"}
+    assert some | ({"stable", "effective", "KS", "condition", "10%", "25%", "50%"} if columns > 80 else set()) <= set(
+        titles
+    )
     assert lines[1].strip() == "model.layers"
     rows = [line.split() for line in lines[2:16]]
     model, _ = load(tiny)
     assert [f"model.layers.{row[0]}" for row in rows] == [ref.name for ref in linears(model).linears]
-    assert all(len(row) == 8 for row in rows)
+    assert all(len(row) == len(titles) for row in rows)
+    assert all(row[1][0] in "▆▇█" for row in rows)  # random weights have flat spectra
     assert "mlp.down_proj (2)" in out  # the medians
+    assert "overlap of each kind" in out
     assert "14 weights, 18,432 parameters" in out
+
+
+def test_all_figures_go_into_a_pipe(tiny, run):
+    _, out, _ = run("inspect", tiny)
+    title = out.splitlines()[0]
+    assert all(name in title for name in ("keep 10%", "keep 50%", "break-even", "condition"))
+    assert "overlap of each kind" not in out
+
+
+def test_json_has_everything(tiny, run_json):
+    found = run_json("inspect", tiny, "--overlaps", "--rank", "4")
+    first = found["layers"][0]
+    assert set(first) >= {"entropy_rank", "tail_exponent", "tail_distance", "noise_edge", "above_noise", "parameters"}
+    assert list(first["kept"]) == ["10%", "20%", "30%", "40%", "50%"]
+    assert sorted(first["kept"].values(), reverse=True) == list(first["kept"].values())
+    assert [one["kind"] for one in found["overlaps"]][:2] == [
+        "model.layers.self_attn.q_proj",
+        "model.layers.self_attn.k_proj",
+    ]
+    for one in found["overlaps"]:
+        assert len(one["names"]) == 2
+        assert one["pairs"]["left"][0][1] == one["adjacent"]["left"][0]
+    assert "overlaps" not in run_json("inspect", tiny)
+
+
+def test_a_directory_is_read_weight_by_weight_unless_it_is_converted(tiny, run_json, monkeypatch):
+    streamed = run_json("inspect", tiny)
+    loaded = run_json("inspect", tiny, "--dtype", "float32")
+    assert streamed["layers"] == loaded["layers"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("eckart.cli.inspect.load_model", refuse)
+    assert run_json("inspect", tiny) == streamed
 
 
 def test_a_few_layers_of_a_compressed_checkpoint(compressed, run_json, run):
@@ -74,4 +116,9 @@ def test_bad_requests(tiny, tmp_path, refused):
     model = tiny_checkpoints.model()
     model.model.layers[1].mlp.gate_proj.weight.data[0, 0] = float("inf")
     source = tiny_checkpoints.write(tmp_path / "dense", model)
-    refused("inspect", source, message="model.layers.1.mlp.gate_proj: ")
+    refused("inspect", source, message="model.layers.1.mlp.gate_proj has NaN or Inf in it")
+    (source / "model.safetensors").rename(source / "a.safetensors")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "b.safetensors"}}')
+    refused("inspect", source, message="lacks b.safetensors, which its index lists")
+    (source / "config.json").rename(source / "adapter_config.json")
+    refused("inspect", source, message="is an adapter, not a model")

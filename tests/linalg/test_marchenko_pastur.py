@@ -16,6 +16,7 @@ from eckart.linalg.marchenko_pastur import (
     gavish_donoho_rank,
     gavish_donoho_threshold,
     marchenko_pastur_edge,
+    marchenko_pastur_energy,
     marchenko_pastur_quantile,
     marchenko_pastur_rank,
     noise_level,
@@ -61,6 +62,18 @@ def test_the_density_itself():
         return math.sqrt((high - t) * (t - low)) / (2 * math.pi * beta * t)
 
     assert scipy.integrate.quad(density, low, marchenko_pastur_quantile(beta))[0] == pytest.approx(0.5, abs=1e-8)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.8, 1.0])
+def test_energy_is_the_integral_of_the_values_above_the_quantile(beta, share):
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    start = marchenko_pastur_quantile(beta, 1 - share)
+
+    def energy(t):  # t times the published density
+        return math.sqrt(max(0.0, (high - t) * (t - low))) / (2 * math.pi * beta)
+
+    assert marchenko_pastur_energy(beta, share) == pytest.approx(scipy.integrate.quad(energy, start, high)[0], abs=1e-6)
 
 
 def test_square_matrices_have_the_quarter_circle():
@@ -163,6 +176,7 @@ def test_any_spectrum(m, n, seed, kind):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: marchenko_pastur_energy(0.5, 1.5), ValueError, "probability must be between 0 and 1"),
         (lambda: marchenko_pastur_quantile(0.0), ValueError, "beta is the shorter side over the longer one"),
         (lambda: gavish_donoho_threshold(1.1), ValueError, "beta is the shorter side"),
         (lambda: marchenko_pastur_quantile(0.5, 1.5), ValueError, "probability must be between 0 and 1"),

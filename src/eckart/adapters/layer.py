@@ -141,6 +141,16 @@ class EckartLayer(nn.Module, BaseTunerLayer):
         return weight
 
     @torch.no_grad()
+    def total_delta(self) -> Tensor:
+        """(out, in) float32, what the active adapters add to the weight together."""
+        weight = base_weight(self.site, self)
+        total = torch.zeros_like(weight)
+        for adapter in self.adapters():
+            delta = adapter.delta(weight).to(weight.device)
+            weight, total = weight + delta, total + delta
+        return total
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight into the base layer; `unmerge` brings the original back bit for bit.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import catalog
+from ..models.adapted import is_adapted, under_adapters
 from ..models.batches import as_batches
 from ..models.evaluate import context_length
 from ..models.finite import check_finite
@@ -44,7 +45,8 @@ def analyze(
     Args:
         model: a transformers model, on any device.
         method: a catalog name (`eckart methods --family analysis`), or a method with its options.
-        base: the model that it is compared with, for methods that need two.
+        base: the model that it is compared with, for methods that need two; what a PEFT model's adapters are on, if
+            left out.
         data: batches of inputs for methods that need them: dictionaries of tensors, or tensors of token ids.
         where: which linears, as in `eckart.models.linears`.
         progress: show bars with the time left.
@@ -68,6 +70,8 @@ def analyze(
     """
     chosen = _made(method, options)
     name = next((row.name for row in catalog.select(family="analysis") if _is(row, chosen)), type(chosen).__name__)
+    if base is None and "base" in chosen.needs and is_adapted(model):
+        base = under_adapters(model)
     batches = as_batches(data) if data is not None else []
     given = {"base": base is not None, "data": bool(batches), "labels": all("labels" in one for one in batches)}
     for need in ("base", "data", "labels"):
@@ -77,7 +81,7 @@ def analyze(
         if one is not None:
             check_finite(one)
     if base is not None:
-        _check_same_shapes(model, base)
+        _check_same_shapes(under_adapters(model), under_adapters(base))
     device = next(model.parameters()).device
     subject = Subject(model, base, [_checked(model, one, device) for one in batches], where, progress)
     start = time.perf_counter()

@@ -18,6 +18,30 @@ def summary(doc: str | None) -> str:
     return " ".join(inspect.cleandoc(doc or "").partition("\n\n")[0].split())
 
 
+def parts(doc: str | None) -> list[tuple[bool, str]]:
+    r"""The paragraphs of a docstring in order, each with whether it is displayed, that is indented.
+
+    Lines that are displayed lose their indentation; a blank line inside a displayed block stays.
+
+    Example:
+        >>> parts("One\nline.\n\n    a = b\n\n    c = d\n\nThe paper.")
+        [(False, 'One\nline.'), (True, 'a = b\n\nc = d'), (False, 'The paper.')]
+    """
+    found: list[tuple[bool, list[str]]] = []
+    fresh = True
+    for line in inspect.cleandoc(doc or "").splitlines():
+        displayed = line.startswith("    ")
+        if not line.strip():
+            fresh = True
+        elif found and found[-1][0] == displayed and (displayed or not fresh):
+            found[-1][1].extend([""] * fresh + [line])
+            fresh = False
+        else:
+            found.append((displayed, [line]))
+            fresh = False
+    return [(displayed, inspect.cleandoc("\n" + "\n".join(lines))) for displayed, lines in found]
+
+
 def equation(doc: str | None) -> str:
     r"""The first indented block of a docstring, without its indentation; empty where there is none.
 
@@ -25,13 +49,7 @@ def equation(doc: str | None) -> str:
         >>> print(equation("Keeps the largest part.\n\n    W_k = U_k diag(s_k) V_k^T\n\nThe paper says."))
         W_k = U_k diag(s_k) V_k^T
     """
-    block: list[str] = []
-    for line in inspect.cleandoc(doc or "").splitlines():
-        if line.startswith("    ") or (block and not line.strip()):
-            block.append(line)
-        elif block:
-            break
-    return inspect.cleandoc("\n" + "\n".join(block)).rstrip()
+    return next((text for displayed, text in parts(doc) if displayed), "")
 
 
 def entries(doc: str | None) -> dict[str, str]:

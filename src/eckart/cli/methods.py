@@ -22,14 +22,14 @@ def command(
 ) -> None:
     """List the published methods, or show one with its paper, equation and options."""
     if name:
-        page = _page(catalog.get(name, family=family or None))
+        page = describe(catalog.get(name, family=family or None))
         print_json(page) if as_json else _print_page(page)
         return
     rows = catalog.select(family=family or None, status=status or None)
     print_json([dataclasses.asdict(row) for row in rows]) if as_json else _print_table(rows)
 
 
-def _page(method: catalog.Method) -> dict[str, Any]:
+def describe(method: catalog.Method) -> dict[str, Any]:
     """Everything there is to say about one method; a planned one has no code to read it from."""
     page = {**dataclasses.asdict(method), "summary": "", "equation": "", "options": []}
     if method.target is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +11,9 @@ import torch
 
 from ..linalg.allocate import Matrix, Policy, allocate
 from ..linalg.rank import Form, break_even_rank, energy_rank, num_parameters
+from ..models.topology import kinds_of
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "kinds_of"]
 
 Unit = Literal["ratio", "rank", "bytes", "energy"]
 
@@ -138,8 +139,3 @@ class Budget:
 def _or_dense(rank: int, shape: tuple[int, int], form: Form) -> int:
     m, n = shape
     return rank if rank < break_even_rank(m, n, form) and num_parameters(m, n, rank, form) < m * n else min(m, n)
-
-
-def kinds_of(names: Sequence[str]) -> dict[str, str]:
-    """The type of each matrix: its name with the numbers of its blocks taken out."""
-    return {name: ".".join(part for part in name.split(".") if not part.isdigit()) for name in names}

@@ -28,6 +28,7 @@ from .marchenko_pastur import (
     gavish_donoho_rank,
     gavish_donoho_threshold,
     marchenko_pastur_edge,
+    marchenko_pastur_energy,
     marchenko_pastur_quantile,
     marchenko_pastur_rank,
     noise_level,
@@ -37,6 +38,7 @@ from .matrix_sqrt import MatrixSqrt, matrix_sqrt
 from .norms import frobenius_norm, nuclear_norm, nuclear_norm_l12, relative_error, schatten_norm, spectral_norm
 from .nystrom import Nystrom, NystromSelection, nystrom
 from .orthogonal_iteration import orthogonal_iteration
+from .power_law import PowerLaw, power_law_tail
 from .pursuit import SparseCodes, orthogonal_matching_pursuit
 from .randomized_pivoting import PairFactors, PairKind, PairOrder, RandomizedPivoting, factor_by_pairs
 from .rank import (
@@ -55,6 +57,7 @@ from .rank_revealing import RankRevealingQR, rank_revealing_qr
 from .robust_pca import RobustPCA, SplitMethod, robust_pca
 from .rsvddpd import RSVDDPD, RobustSVD, robust_alpha, robust_rank, robust_svd
 from .semi_structured import dense_sparse, keep_n_of_m, n_of_m_mask
+from .singular_basis import SingularBasis
 from .soft_threshold import hard_threshold, singular_value_threshold, soft_threshold
 from .solve import QR, lstsq, qr, solve_spd
 from .spectrum import explained_variance_ratio, spectral_entropy
@@ -87,6 +90,7 @@ from .tensors import (
     tucker,
     unfold,
 )
+from .thin_product import product_cosine, product_singular_values
 from .transforms import (
     DCT,
     Cayley,
@@ -156,6 +160,7 @@ __all__ = [
     "PairOrder",
     "Pivoting",
     "Policy",
+    "PowerLaw",
     "RandomOrthogonal",
     "RandomizedHadamard",
     "RandomizedPivoting",
@@ -165,6 +170,7 @@ __all__ = [
     "RowColumnWeightedSVD",
     "RowPivots",
     "SVDUpdate",
+    "SingularBasis",
     "SparseCodes",
     "SparsePosterior",
     "SparseSolver",
@@ -229,6 +235,7 @@ __all__ = [
     "leverage_scores",
     "lstsq",
     "marchenko_pastur_edge",
+    "marchenko_pastur_energy",
     "marchenko_pastur_quantile",
     "marchenko_pastur_rank",
     "masked_svd",
@@ -246,7 +253,10 @@ __all__ = [
     "orthogonal_iteration",
     "orthogonal_matching_pursuit",
     "pivot_rows",
+    "power_law_tail",
     "principal_angles",
+    "product_cosine",
+    "product_singular_values",
     "qr",
     "random_orthogonal",
     "rank_for_parameters",

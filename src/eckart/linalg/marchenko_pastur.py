@@ -26,6 +26,7 @@ __all__ = [
     "gavish_donoho_rank",
     "gavish_donoho_threshold",
     "marchenko_pastur_edge",
+    "marchenko_pastur_energy",
     "marchenko_pastur_quantile",
     "marchenko_pastur_rank",
     "noise_level",
@@ -83,6 +84,27 @@ def marchenko_pastur_edge(shape: tuple[int, int], sigma: float = 1.0) -> float:
         7.0
     """
     return _checked_sigma(sigma) * (math.sqrt(_sides(shape)[0]) + math.sqrt(_sides(shape)[1]))
+
+
+def marchenko_pastur_energy(beta: float, share: float) -> float:
+    """Share of its energy (sum of squares) that pure noise has in its largest singular values.
+
+        integral of t f(t) over t >= t_q = (φ - sin φ cos φ) / π,   t_q = 1 + β + 2 √β cos φ the (1 - share) quantile
+
+    Args:
+        beta: Ratio β of the shorter to the longer side, in (0, 1].
+        share: Of the singular values, the largest ones, in [0, 1].
+
+    Raises:
+        ValueError: beta outside (0, 1], share outside [0, 1].
+
+    Example:
+        >>> round(marchenko_pastur_energy(1.0, 0.5), 3), marchenko_pastur_energy(1.0, 1.0)
+        (0.894, 1.0)
+    """
+    quantile = marchenko_pastur_quantile(beta, 1 - share)
+    phi = math.acos(min(1.0, max(-1.0, (quantile - 1 - beta) / (2 * math.sqrt(beta)))))
+    return (phi - math.sin(phi) * math.cos(phi)) / math.pi
 
 
 def noise_level(s: Spectrum, shape: tuple[int, int]) -> float:

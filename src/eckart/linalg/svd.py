@@ -16,6 +16,7 @@ from .errors import LinalgError
 from .svd_direct import Factors, exact, gram
 from .svd_lanczos import lanczos
 from .svd_randomized import OVERSAMPLING, randomized
+from .svd_values import singular_values
 
 __all__ = ["SVD", "Driver", "singular_values", "svd"]
 
@@ -121,30 +122,6 @@ def svd(
     u, s, vh = u[..., :kept], rescale(s[..., :kept], scale, "singular values"), vh[..., :kept, :]
     signs = column_signs(u)
     return SVD(u * signs, s, vh * signs.mT, error * scale)
-
-
-def singular_values(a: Tensor) -> Tensor:
-    """All singular values of a (..., m, n), descending, (..., min(m, n)) float64.
-
-    float32 and half precision go through the eigenvalues of the smaller Gram matrix in float64 (twice as fast,
-    error 1e-8 * s_1, below that of gesdd in float32); float64 goes through LAPACK, error 2e-16 * s_1.
-
-    Raises:
-        LinalgError: NaN or Inf in ``a``, or not a float matrix.
-
-    Example:
-        >>> import torch
-        >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).tolist()
-        [4.0, 3.0]
-    """
-    work, scale, _ = prepare(a)
-    wide = work.to(torch.float64)
-    if work.dtype == torch.float64 or min(work.shape[-2:]) < _GRAM_FROM:
-        s = torch.linalg.svdvals(wide)
-    else:
-        wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
-        s = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp(min=0).sqrt()
-    return rescale(s, scale, "singular values")
 
 
 def _check_options(rank: int | None, driver: str, tol: float | None) -> None:

@@ -120,6 +120,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError(f"no model at {name}: the path does not exist")
         path = _from_hub(name)
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name} is an adapter, not a model; give its base model, or merge the two")
         raise FileNotFoundError(f"no model in {name}: it has no config.json")
     return path
 

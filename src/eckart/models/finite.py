@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..linalg import all_finite
 
-__all__ = ["check_finite"]
+__all__ = ["check_finite", "check_weight"]
 
 
 def check_finite(model: nn.Module) -> None:
@@ -18,5 +18,15 @@ def check_finite(model: nn.Module) -> None:
         ValueError: naming the first such weight.
     """
     for name, weight in model.named_parameters():
-        if weight.device.type != "meta" and not all_finite(weight):
-            raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")
+        if weight.device.type != "meta":
+            check_weight(name, weight)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse one weight with NaN or Inf.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not all_finite(weight):
+        raise ValueError(f"{name} has NaN or Inf in it; repair or re-download the checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .kinds import linear_kind
 
-__all__ = ["Block", "InputTracker", "block_of", "blocks", "example_inputs", "same_input"]
+__all__ = ["Block", "InputTracker", "block_of", "blocks", "example_inputs", "kinds_of", "same_input"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Block:
     name: str
     module: nn.Module
     list_name: str
+
+
+def kinds_of(names: Sequence[str]) -> dict[str, str]:
+    """The type of each matrix: its name with the numbers of its blocks taken out.
+
+    Example:
+        >>> kinds_of(["model.layers.3.mlp.up_proj"])
+        {'model.layers.3.mlp.up_proj': 'model.layers.mlp.up_proj'}
+    """
+    return {name: ".".join(part for part in name.split(".") if not part.isdigit()) for name in names}
 
 
 def blocks(model: nn.Module) -> list[Block]:
