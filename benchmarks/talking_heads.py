@@ -107,11 +107,20 @@ def removed(layers: list[Any], components: list[Component]) -> Any:
 
 
 def others(chosen: list[Component], heads: int, width: int, draw: random.Random, *, same_head: bool) -> list[Component]:
-    """As many components of same heads, or of the same numbers in other heads of their layers, none of them chosen."""
+    """As many components of the same heads, or of the same numbers in other heads of their layers, none of them chosen.
+
+    Where all heads of a layer are taken at a number, the next number stands in.
+    """
+    taken = set(chosen)
     picked: list[Component] = []
     for layer, head, number in chosen:
-        near = [(layer, head, n) for n in range(width)] if same_head else [(layer, h, number) for h in range(heads)]
-        picked.append(draw.choice([one for one in near if one not in chosen and one not in picked]))
+        if same_head:
+            left = [(layer, head, n) for n in range(width) if (layer, head, n) not in taken]
+        else:
+            by_number = ([(layer, h, n) for h in range(heads) if (layer, h, n) not in taken] for n in range(width))
+            left = next(free for n, free in enumerate(by_number) if n >= number and free)
+        picked.append(draw.choice(left))
+        taken.add(picked[-1])
     return picked
 
 
