@@ -36,15 +36,14 @@ from adapter_job import (
     write_table,
 )
 from common import RESULTS, environment
-from language_model import demo, evaluation, text
+from language_model import answers, demo, evaluation
 
 from eckart import adapt
 from eckart.adapters.config import EckartConfig
 from eckart.models import linears, peak_memory, perplexity
-from eckart.models.answers import Example, read_examples
+from eckart.models.answers import Example
 
 LORA_RANK = 8
-LONGEST = 1024
 RATES = (5e-4, 1.5e-3, 5e-3)
 # Methods that train a few numbers a layer need far larger steps; their papers say so. Whole weights need smaller ones.
 TINY_RATES = (1.5e-3, 5e-3, 1.5e-2)
@@ -93,11 +92,7 @@ class Job:
 def load(size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None) -> Job:
     if model is None:
         model, tokenizer = demo()
-    source = source or text("gsm8k-train.jsonl")
-    if source is None:
-        raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
-    # Only whole examples: a few problems are longer than a window.
-    examples = [e for e in read_examples(source, tokenizer, length=LONGEST) if len(e["input_ids"]) <= size.length]
+    examples = answers(tokenizer, size.length, source)
     judge, search = examples[-size.held_out :], examples[-size.held_out - size.search_held_out : -size.held_out]
     train = examples[: -size.held_out - size.search_held_out]
     windows = evaluation(tokenizer, samples=size.text_windows)

@@ -30,16 +30,15 @@ from typing import Any
 import torch
 from adapter_job import Training, add_row, each_in_its_process, rows
 from common import RESULTS, environment
-from language_model import demo, evaluation, text
+from language_model import answers, demo, evaluation
 from torch import Tensor
 
 from eckart.analysis.intruder_dimensions import IntruderDimensions, Leading, leading
 from eckart.linalg import SingularBasis
 from eckart.models import linears, perplexity
-from eckart.models.answers import Example, read_examples
+from eckart.models.answers import Example
 from eckart.models.training import answer_loss
 
-LONGEST = 1024
 SCALES = (0.75, 0.5, 0.0)
 # Learning rates that reach about the same training loss in so few steps; whole weights need smaller ones.
 TUNINGS: dict[str, tuple[int | None, float]] = {
@@ -93,11 +92,7 @@ class Job:
 def load(size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None) -> Job:
     if model is None:
         model, tokenizer = demo()
-    source = source or text("gsm8k-train.jsonl")
-    if source is None:
-        raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
-    # Only whole examples: a few problems are longer than a window.
-    examples = [e for e in read_examples(source, tokenizer, length=LONGEST) if len(e["input_ids"]) <= size.length]
+    examples = answers(tokenizer, size.length, source)
     windows = evaluation(tokenizer, samples=size.text_windows)
     train, judge = examples[: -size.held_out], examples[-size.held_out :]
     return Job(size, model.float(), tokenizer, train, judge, windows, IntruderDimensions())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.models import load, text_batches
+from eckart.models.answers import Example, read_examples
 
 DATA = Path(os.environ.get("ECKART_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -22,6 +23,14 @@ def text(name: str) -> Path | None:
 
 def demo() -> tuple[Any, Any]:
     return load("demo")
+
+
+def answers(tokenizer: Any, longest: int, source: Path | None = None) -> list[Example]:
+    """The problems of GSM8K of at most so many tokens, whole: a few are longer than a window."""
+    source = source or text("gsm8k-train.jsonl")
+    if source is None:
+        raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
+    return [e for e in read_examples(source, tokenizer, length=1024) if len(e["input_ids"]) <= longest]
 
 
 def calibration(tokenizer: Any, samples: int = 32) -> list[Any]:

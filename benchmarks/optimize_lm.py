@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from adapter_job import add_row, best, best_rate, each_in_its_process, rows, write_table
 from common import RESULTS, environment
-from language_model import demo, text
+from language_model import answers, demo, text
 from torch import Tensor, nn
 
 from eckart import catalog
 from eckart.models import peak_memory
-from eckart.models.answers import Example, read_examples
+from eckart.models.answers import Example
 from eckart.optim import low_rank_groups, optimizer_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "optimize-lm.md"
@@ -308,10 +308,7 @@ def pretraining(size: Size, source: Path | None = None) -> Pretraining:
 def tuning(size: Size, model: Any = None, tokenizer: Any = None, source: Path | None = None) -> Tuning:
     if model is None:
         model, tokenizer = demo()
-    source = source or text("gsm8k-train.jsonl")
-    if source is None:
-        raise SystemExit("gsm8k-train.jsonl is missing: put it where $ECKART_BENCH_DATA says")
-    found = [e for e in read_examples(source, tokenizer, length=1024) if len(e["input_ids"]) <= size.tune_length]
+    found = answers(tokenizer, size.tune_length, source)
     return Tuning(size, model, tokenizer, found[: -size.tune_held_out], found[-size.tune_held_out :])
 
 

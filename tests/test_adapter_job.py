@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -21,8 +20,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import adapt_gsm8k
 
-    source = tmp_path / "sums.jsonl"
-    source.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
+    source = tiny_checkpoints.write_sums(tmp_path / "sums.jsonl")
     model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=2)
     made = adapt_gsm8k.load(adapt_gsm8k.SMOKE, model, tiny_checkpoints.tokenizer(), source=source)
     yield adapt_gsm8k, made

@@ -21,8 +21,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import intruders
 
-    source = tmp_path / "sums.jsonl"
-    source.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
+    source = tiny_checkpoints.write_sums(tmp_path / "sums.jsonl")
     model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=2)
     yield intruders, intruders.load(intruders.SMOKE, model, tiny_checkpoints.tokenizer(), source=source)
     for name in ("intruders", "adapter_job", "common", "language_model"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -21,9 +20,8 @@ def job(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import optimize_lm
 
-    words, sums = tmp_path / "text.txt", tmp_path / "sums.jsonl"
+    words, sums = tmp_path / "text.txt", tiny_checkpoints.write_sums(tmp_path / "sums.jsonl")
     words.write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    sums.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
     model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=1)
     size = optimize_lm.SMOKE
     tuning = optimize_lm.tuning(size, model, tiny_checkpoints.tokenizer(), source=sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,9 @@ def family(name: str, **options: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         made: PreTrainedModel = type(tiny_models.FAMILIES[name]())(config)
     return made.eval()
+
+
+def write_sums(path: Path) -> Path:
+    """Write a few questions with answers, and return where."""
+    path.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) for i in range(12)))
+    return path

@@ -188,3 +188,13 @@ def low_rank(model: PreTrainedModel, form: str = "pivoted", rank: int | None = N
         replace(model, ref.name, structure)
         names.append(ref.name)
     return names
+
+
+def of_weights(*weights: Tensor) -> torch.nn.Module:
+    """Return a model whose repeated blocks hold these weights (out, in), one each."""
+    layers = []
+    for weight in weights:
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data = weight
+        layers.append(torch.nn.Sequential(layer))
+    return torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})

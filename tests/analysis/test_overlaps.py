@@ -6,22 +6,12 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 import tiny_checkpoints
 import tiny_models
 from eckart import linalg
 from eckart.analysis import subspace_overlaps
 from eckart.models import linears
-
-
-def _model(*weights: torch.Tensor) -> nn.Module:
-    layers = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight.data = weight
-        layers.append(nn.Sequential(layer))
-    return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
 
 def _basis(size: int, rank: int, seed: int) -> torch.Tensor:
@@ -36,7 +26,7 @@ def test_shared_outputs_and_foreign_inputs():
         (u * strong) @ v.mT
         for u, v in [(left[:, :3], right[:, :3]), (left[:, :3].flip(1), right[:, 3:6]), (left[:, 3:], right[:, 6:])]
     ]
-    [found] = subspace_overlaps(_model(*weights), rank=3, progress=False)
+    [found] = subspace_overlaps(tiny_models.of_weights(*weights), rank=3, progress=False)
     assert found.names == ("layers.0.0", "layers.1.0", "layers.2.0")
     torch.testing.assert_close(
         found.left, torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).double(), atol=1e-5, rtol=1e-5
@@ -51,7 +41,7 @@ def test_shared_outputs_and_foreign_inputs():
 def test_random_weights_overlap_by_chance():
     draw = torch.Generator().manual_seed(5)
     [found] = subspace_overlaps(
-        _model(*(torch.randn(64, 96, generator=draw) for _ in range(6))), rank=8, progress=False
+        tiny_models.of_weights(*(torch.randn(64, 96, generator=draw) for _ in range(6))), rank=8, progress=False
     )
     assert found.mean() == pytest.approx(found.chance, rel=0.15)
 
@@ -87,6 +77,6 @@ def test_bad_requests():
     weight = torch.eye(4)
     weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^layers\.1\.0 has NaN or Inf"):
-        subspace_overlaps(_model(torch.eye(4), weight), progress=False)
-    [found] = subspace_overlaps(_model(torch.eye(4), torch.eye(4)), rank=9, progress=False)
+        subspace_overlaps(tiny_models.of_weights(torch.eye(4), weight), progress=False)
+    [found] = subspace_overlaps(tiny_models.of_weights(torch.eye(4), torch.eye(4)), rank=9, progress=False)
     assert found.rank == 4

@@ -24,16 +24,6 @@ from eckart.models import linears
 from eckart.models.stored import LayoutError
 
 
-def _model(*weights: torch.Tensor) -> nn.Module:
-    """A model whose repeated blocks hold these weights."""
-    layers = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight.data = weight
-        layers.append(nn.Sequential(layer))
-    return nn.ModuleDict({"layers": nn.ModuleList(layers)})
-
-
 def _with_spectrum(s: torch.Tensor, m: int, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(m * n)
     u, _ = torch.linalg.qr(torch.randn(m, len(s), dtype=torch.float64, generator=generator))
@@ -44,7 +34,7 @@ def _with_spectrum(s: torch.Tensor, m: int, n: int, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
 def test_a_known_spectrum(shape):
     s = 0.8 ** torch.arange(24, dtype=torch.float64)
-    [found] = spectra(_model(_with_spectrum(s, *shape)), progress=False)
+    [found] = spectra(tiny_models.of_weights(_with_spectrum(s, *shape)), progress=False)
     total = s.square().sum()
     p = s / s.sum()
     assert found.name == "layers.0.0"
@@ -63,7 +53,9 @@ def test_a_known_spectrum(shape):
 def test_extremes():
     rank_one = torch.outer(torch.arange(1.0, 7.0), torch.ones(4))
     zero = torch.zeros(6, 4)
-    found = spectra(_model(torch.eye(5), rank_one, zero, torch.ones(1, 3), torch.eye(4) * 1e30), progress=False)
+    found = spectra(
+        tiny_models.of_weights(torch.eye(5), rank_one, zero, torch.ones(1, 3), torch.eye(4) * 1e30), progress=False
+    )
     identity, one, nothing, row, huge = found
     assert (identity.stable_rank, identity.effective_rank, identity.condition) == pytest.approx((5, 5, 1))
     assert (one.stable_rank, one.energy[2]) == pytest.approx((1, 1))
@@ -78,7 +70,7 @@ def test_extremes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types(dtype):
     weight = _with_spectrum(0.9 ** torch.arange(16, dtype=torch.float64), 16, 20, dtype)
-    [found] = spectra(_model(weight), progress=False)
+    [found] = spectra(tiny_models.of_weights(weight), progress=False)
     exact = torch.linalg.svdvals(weight.double())  # of the weight as it is stored
     assert found.singular_values.double() == pytest.approx(exact, rel=1e-4)
 
@@ -104,7 +96,7 @@ def test_structures_are_seen_as_a_whole_and_only_what_is_selected():
 
 
 def test_to_dict_is_plain_and_leaves_the_singular_values_out():
-    [found] = spectra(_model(torch.eye(4)), progress=False)
+    [found] = spectra(tiny_models.of_weights(torch.eye(4)), progress=False)
     assert found.to_dict() == {
         "name": "layers.0.0",
         "shape": (4, 4),
@@ -130,7 +122,7 @@ def test_a_damaged_weight_is_named(value):
     weight = torch.eye(4)
     weight[1, 2] = value
     with pytest.raises(ValueError, match=r"^layers\.1\.0 has NaN or Inf"):
-        spectra(_model(torch.eye(4), weight), progress=False)
+        spectra(tiny_models.of_weights(torch.eye(4), weight), progress=False)
 
 
 def test_a_model_without_linears_is_refused():
@@ -167,7 +159,7 @@ def test_the_newer_figures_equal_their_definitions(shape):
     weight += (
         8 * torch.outer(torch.ones(shape[0]), torch.ones(shape[1])) / sum(shape) ** 0.5
     )  # one value above the noise
-    [found] = spectra(_model(weight), progress=False)
+    [found] = spectra(tiny_models.of_weights(weight), progress=False)
     twin = _plain_twin(weight)
     given = {name: value for name, value in vars(found).items() if name in twin} | found.kept
     assert given == pytest.approx(twin, rel=1e-5)
@@ -178,7 +170,7 @@ def test_the_newer_figures_equal_their_definitions(shape):
 def test_small_values_beside_a_large_one_are_as_exact_as_the_rest():
     """Below 1e-8 of the largest value a Gram matrix in float64 has rounding alone."""
     weight = torch.diag(torch.logspace(0, -9, 80, dtype=torch.float64)).float()
-    [found] = spectra(_model(weight), progress=False)
+    [found] = spectra(tiny_models.of_weights(weight), progress=False)
     assert found.singular_values.double() == pytest.approx(torch.linalg.svdvals(weight.double()), rel=1e-5)
 
 

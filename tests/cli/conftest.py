@@ -6,27 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 import tiny_checkpoints
+from as_before import libraries_as_before
 from eckart.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
+
+__all__ = ["libraries_as_before"]  # a fixture of every test here
 
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch):
     """Output as into a pipe: parallel test workers inherit the width of the terminal that they were started from."""
     monkeypatch.delenv("COLUMNS", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before():
-    """The commands silence transformers for the whole process, which other tests must not notice."""
-    level = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(level)
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

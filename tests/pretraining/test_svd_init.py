@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def _network(*widths: int, activation: type[nn.Module] | None = nn.Tanh, dtype: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):  # noqa: RUF007
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Linear(a, b, dtype=dtype))
             if activation is not None and i < len(widths) - 2:
                 layers.append(activation())

@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tiny_checkpoints
+from as_before import libraries_as_before
 from browser import Browser
 from eckart.cli.main import main
 
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before():
-    """The commands silence transformers for the whole process, which other tests must not notice."""
-    level = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(level)
-    transformers.utils.logging.enable_progress_bar()
+__all__ = ["libraries_as_before"]  # a fixture of every test here
 
 
 @pytest.fixture(scope="session")
