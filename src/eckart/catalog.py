@@ -240,6 +240,23 @@ def get(name: str, family: str | None = None) -> Method:
     raise UnknownMethodError(f"unknown method {name!r}; {remedy}")
 
 
+def name_of(kind: type) -> str | None:
+    """The name of the method that a class plugs in.
+
+    Args:
+        kind: The class of a method.
+
+    Returns:
+        The name in the catalog; None for a class that no row names.
+
+    Example:
+        >>> name_of(get("pissa").load()), name_of(int)
+        ('pissa', None)
+    """
+    target = f"{kind.__module__}:{kind.__name__}"
+    return next((method.name for method in METHODS if method.target == target), None)
+
+
 def select(family: str | None = None, status: str | None = None) -> tuple[Method, ...]:
     """Lists the methods of one family, one status, or both, in the order of the catalog.
 

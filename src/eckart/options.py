@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
-from .catalog import Method
+from .catalog import Method, get
 
-__all__ = ["Options", "make"]
+__all__ = ["Options", "chosen_method", "make"]
 
 
 class Options:
@@ -53,3 +53,26 @@ def make(row: Method, options: Mapping[str, Any], label: str | None = None) -> A
         return kind(**options)
     except TypeError as error:
         raise ValueError(f"{label} cannot use {dict(options)}: {error}; see `eckart methods {row.name}`") from error
+
+
+def chosen_method(method: Any, options: Mapping[str, Any], family: str) -> Any:
+    """The method that a verb was given: one with its options, or a name and options.
+
+    Args:
+        method: A method as it is, or the name of one in the catalog.
+        options: Option by name; none beside a method as it is.
+        family: Where the name is looked for.
+
+    Raises:
+        UnknownMethodError: With the nearest names.
+        ValueError: Options beside a method as it is, or as :func:`make`.
+
+    Example:
+        >>> chosen_method("pissa", {"solver": "exact"}, "adapters")
+        PiSSA(solver='exact')
+    """
+    if isinstance(method, str):
+        return make(get(method, family=family), options)
+    if options:
+        raise ValueError(f"give options to {type(method).__name__}(...) itself, or the method by name")
+    return method

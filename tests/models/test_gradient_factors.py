@@ -7,7 +7,8 @@ import torch
 
 import tiny_models
 from eckart.models import linears
-from eckart.models.gradient_factors import attention_parts, gradient_factors, in_float32, neighbours, single_examples
+from eckart.models.batches import single_examples
+from eckart.models.gradient_factors import attention_parts, gradient_factors, in_float32, neighbours
 from model_state import assert_unchanged, snapshot
 
 ROLES = ["query", "key", "value", "output"]

@@ -31,12 +31,14 @@ class RegularizedTrainer(transformers.Trainer):
         ValueError: The model has no such module, or no input embeddings.
 
     Example:
+        >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
         >>> from eckart.alignment import JacobianNuclearNorm
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         ...                      num_attention_heads=2)
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), report_to="none")
         >>> trainer = RegularizedTrainer(method=JacobianNuclearNorm(eta=1e-4), cut="model.layers.0",
-        ...                              model=LlamaForCausalLM(config), args=TrainingArguments(report_to="none"))
+        ...                              model=LlamaForCausalLM(config), args=arguments)
     """
 
     def __init__(self, *, method: RegularizerMethod, cut: str, source: str | None = None, **arguments: Any) -> None:

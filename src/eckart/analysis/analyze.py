@@ -7,18 +7,16 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import catalog
 from ..models.adapted import is_adapted, under_adapters
 from ..models.batches import as_batches
-from ..models.evaluate import context_length
+from ..models.evaluate import check_context
 from ..models.finite import check_finite
 from ..models.groups import evaluating
-from ..models.replay import Batch
 from ..models.select import Where
-from ..options import make
+from ..options import chosen_method
 from .contract import Analysis, AnalysisMethod, Subject
 
 __all__ = ["analyze"]
@@ -61,6 +59,7 @@ def analyze(
             longer than the context, or NaN or Inf in a weight (named by layer).
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         ...                      num_attention_heads=2)
@@ -68,8 +67,8 @@ def analyze(
         >>> found.rows[0]["tokens"]
         24
     """
-    chosen = _made(method, options)
-    name = next((row.name for row in catalog.select(family="analysis") if _is(row, chosen)), type(chosen).__name__)
+    chosen: AnalysisMethod = chosen_method(method, options, "analysis")
+    name = catalog.name_of(type(chosen)) or type(chosen).__name__
     if base is None and "base" in chosen.needs and is_adapted(model):
         base = under_adapters(model)
     batches = as_batches(data) if data is not None else []
@@ -83,25 +82,16 @@ def analyze(
     if base is not None:
         _check_same_shapes(under_adapters(model), under_adapters(base))
     device = next(model.parameters()).device
-    subject = Subject(model, base, [_checked(model, one, device) for one in batches], where, progress)
+    for batch in batches:
+        if "input_ids" in batch:
+            check_context(model, batch["input_ids"].shape[1])
+    placed = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
+    subject = Subject(model, base, placed, where, progress)
     start = time.perf_counter()
     with evaluating(model), evaluating(base if base is not None else nn.Identity()):
         found = chosen.analyze(subject)
     found.method, found.settings, found.seconds = name, asdict(chosen), time.perf_counter() - start
     return found
-
-
-def _made(method: str | AnalysisMethod, options: dict[str, Any]) -> AnalysisMethod:
-    if isinstance(method, AnalysisMethod):
-        if options:
-            raise ValueError(f"give options to {type(method).__name__}(...) itself, or the method by name")
-        return method
-    made: AnalysisMethod = make(catalog.get(method, family="analysis"), options)
-    return made
-
-
-def _is(row: catalog.Method, method: AnalysisMethod) -> bool:
-    return row.target == f"{type(method).__module__}:{type(method).__name__}"
 
 
 def _check_same_shapes(model: nn.Module, base: nn.Module) -> None:
@@ -116,11 +106,3 @@ def _check_same_shapes(model: nn.Module, base: nn.Module) -> None:
                 f"{name} has the shape {shape} in the model and {shapes[name]} in the base; "
                 "compare a model with what it was made from"
             )
-
-
-def _checked(model: nn.Module, batch: Batch, device: torch.device) -> Batch:
-    """A batch on the model's device, not longer than its context."""
-    ids, longest = batch.get("input_ids"), context_length(model)
-    if ids is not None and longest is not None and ids.shape[1] > longest:
-        raise ValueError(f"an input of {ids.shape[1]} tokens is longer than the model's context of {longest}; cut it")
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -17,7 +17,7 @@ import copy
 import math
 import os
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..models.adapter_files import check_base, is_adapter, load_adapter
 from ..models.checkpoint import load, resolve
 from ..models.pairs import Pair, map_pairs, pair
 from ..models.select import Selection, Skipped, Where
-from ..models.stored import LayoutError
+from ..models.stored import LayoutError, has_safetensors
 from ..models.weights import MEMORY, weights_of
 from .intruder_dimensions import IntruderDimensions, Leading, leading, random_cosine
 
@@ -124,7 +124,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        left = [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in self.skipped]
+        left = [asdict(one) for one in self.skipped]
         layers = [layer.to_dict() for layer in self.layers]
         plain = {"thresholds": list(self.thresholds), "warnings": self.warnings, "seconds": self.seconds}
         return {"figures": self.figures, **plain, "layers": layers, "skipped": left}
@@ -172,12 +172,7 @@ def compare(
     first, second, warnings = _selections(a, b, where)
     pairs = pair(first, second)
     layers = map_pairs(lambda one: difference(one, options), pairs, "compare", memory=memory, progress=progress)
-    blind = [layer.name for layer in layers if layer.random_cosine >= options.threshold]
-    if blind:
-        warnings.append(
-            f"{len(blind)} weights, such as {blind[0]}, are so short that a random direction reaches a cosine of "
-            f"{options.threshold}: no intruder shows there"
-        )
+    warnings += options.blind_spots({layer.name: layer.random_cosine for layer in layers})
     return Comparison(layers, second.skipped, options.sweep, warnings, time.perf_counter() - start)
 
 
@@ -230,9 +225,12 @@ def _selections(a: Model, b: Model, where: Where | None) -> tuple[Selection, Sel
         raise ValueError(f"{a} is an adapter; give its base model first, and the adapter second")
     if isinstance(b, nn.Module) or not is_adapter(b):
         return _weights(a, where), _weights(b, where), []
-    base = copy.deepcopy(a) if isinstance(a, nn.Module) else None
-    unchecked = None if isinstance(a, nn.Module) else check_base(b, resolve(a))
-    adapted = load_adapter(load(a)[0] if base is None else base, b)  # type: ignore[arg-type]
+    if isinstance(a, nn.Module):
+        base, unchecked = copy.deepcopy(a), None
+    else:
+        unchecked = check_base(b, resolve(a))
+        base = load(a)[0]
+    adapted = load_adapter(base, b)
     first = _weights(a, where)
     return first, adapted_linears(adapted, where), [unchecked] if unchecked else []
 
@@ -242,9 +240,8 @@ def _weights(model: Model, where: Where | None) -> Selection:
     if isinstance(model, nn.Module):
         return weights_of(model, where)
     path = resolve(model)
-    stored = any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
     try:
-        if stored:
+        if has_safetensors(path):
             return weights_of(path, where)
     except LayoutError:
         pass  # transformers converts the tensors while it loads the model

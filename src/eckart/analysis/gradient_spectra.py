@@ -29,13 +29,13 @@ from torch import Tensor
 
 from ..linalg import effective_rank, lstsq, product_cosine, product_singular_values
 from ..models.answer_tokens import Taken, keep_answer_tokens, predicted
+from ..models.batches import single_examples
 from ..models.gradient_factors import (
     Factors,
     attention_parts,
     gradient_factors,
     in_float32,
     neighbours,
-    single_examples,
 )
 from ..models.progress import track
 from .contract import Analysis, AnalysisMethod, Subject

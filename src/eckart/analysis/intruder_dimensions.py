@@ -21,6 +21,7 @@ R. Shuttleworth, J. Andreas, A. Torralba and P. Sharma, "LoRA vs Full Fine-tunin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -172,13 +173,18 @@ class IntruderDimensions(AnalysisMethod):
         figures = {"weights": len(rows), "directions": sum(len(row["cosines"]) for row in rows), **totals}
         analysis = Analysis({**figures, "thresholds": list(self.sweep), "counts": counts}, rows)
         analysis.tensors = {one.name: seen.cosines for one, seen in zip(pairs, found, strict=True)}
-        blind = [row["layer"] for row in rows if row["random cosine"] >= self.threshold]
-        if blind:
-            analysis.warnings.append(
-                f"{len(blind)} weights, such as {blind[0]}, are so short that a random direction reaches a cosine of "
-                f"{self.threshold}: no intruder shows there"
-            )
+        analysis.warnings = self.blind_spots({row["layer"]: row["random cosine"] for row in rows})
         return analysis
+
+    def blind_spots(self, random: Mapping[str, float]) -> list[str]:
+        """What to warn of where a random direction, with the cosine given by layer, passes for a known one."""
+        blind = [name for name, cosine in random.items() if cosine >= self.threshold]
+        if not blind:
+            return []
+        return [
+            f"{len(blind)} weights, such as {blind[0]}, are so short that a random direction reaches a cosine of "
+            f"{self.threshold}: no intruder shows there"
+        ]
 
     def _look(self, one: Pair) -> Leading:
         base, weight = one.read()

@@ -10,15 +10,15 @@ Left singular vectors are decoded by the head, right ones by the nearest input e
 prompt itself takes part in each direction positively. For long prompts the leading triplets come from products with J
 (``matrix_free``), values and right vectors from J itself, not from its image of a random block as in the original.
 
-The error reported is ||y - sum_t J_t e_t - c|| / ||y|| with c from the derivatives for the biases, not as what is
-missing, so it tells whether the model was made linear. Half precision leaves 1e-2: load the model in float32.
-J. R. Golden, "Large Language Models are Locally Linear Mappings", 2025, arXiv:2505.24293; code:
-jamesgolden1/llms-are-llms, which exchanges files of the installed transformers; here nothing is exchanged.
+The error is ||y - sum_t J_t e_t - c|| / ||y|| with c from the derivatives for the biases, so it tells whether the model
+was made linear. Half precision leaves 1e-2: load the model in float32.
+
+J. R. Golden, "Large Language Models are Locally Linear Mappings", 2025, arXiv:2505.24293; code: llms-are-llms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, ClassVar, Literal
@@ -35,6 +35,7 @@ from .contract import Analysis, AnalysisMethod, Subject
 
 __all__ = ["LocallyLinear", "Part", "nearest", "triplets", "triplets_by_products", "with_strings"]
 
+Product = Callable[[Tensor], Tensor]
 Part = Literal["tokens", "to", "within", "from"]
 
 _PROBES = 32  # random directions that the Frobenius norm of what the leading triplets leave is estimated from
@@ -64,27 +65,26 @@ def triplets(jacobian: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def triplets_by_products(
-    output: Tensor, source: Tensor, rank: int, *, chunk: int = 64
+    maps: tuple[Product, Product], source: Tensor, output: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Leading singular triplets of the Jacobian of recorded tensors, which is never formed, and its stable rank.
 
         ||J||_F^2 ~ sum s_i^2 + mean over probes g of ||J^T (I - u u^T) g||^2
 
     Args:
-        output: (k,).
+        maps: Products with J and with J^T, from :func:`~eckart.models.jacobian.products`.
         source: n entries.
+        output: (k,).
         rank: Number of triplets.
-        chunk: Products a backward pass.
 
     Returns:
         u (k, rank), s (rank,), vh (rank, n), and the estimate of the stable rank.
     """
-    times, transposed = products(output, source, chunk=chunk)
     shape = len(output), source.numel()
-    found = svd_operator(times, transposed, shape, rank, dtype=output.dtype, device=output.device)
+    found = svd_operator(*maps, shape, rank, dtype=output.dtype, device=output.device)
     generator = torch.Generator(device=output.device).manual_seed(0)
     probes = torch.randn(shape[0], _PROBES, generator=generator, dtype=output.dtype, device=output.device)
-    rest = transposed(probes - found.u @ (found.u.mT @ probes)).double().square().sum() / _PROBES
+    rest = maps[1](probes - found.u @ (found.u.mT @ probes)).double().square().sum() / _PROBES
     energy = found.s.double().square().sum() + rest
     u, s, vh = _turned(found.u, found.s, found.vh, source.detach().flatten())
     return u, s, vh, float(energy / found.s[0].double().square()) if found.s[0] > 0 else 0.0
@@ -248,9 +248,9 @@ class LocallyLinear(AnalysisMethod):
             for (name, source), jacobian in zip(sources.items(), dense, strict=True):
                 x = source.detach().reshape(-1, source.shape[-1])
                 if jacobian is None:
-                    u, s, vh, rank = triplets_by_products(target, source, self.components, chunk=self.chunk)
-                    times, _ = products(target, source, chunk=self.chunk)
-                    parts = times(torch.block_diag(*x).mT).mT  # a column holds the embedding of one token
+                    maps = products(target, source, chunk=self.chunk)
+                    u, s, vh, rank = triplets_by_products(maps, source, target, self.components)
+                    parts = maps[0](torch.block_diag(*x).mT).mT  # a column holds the embedding of one token
                 else:
                     jacobian = jacobian.reshape(len(y), *x.shape)
                     u, s, vh = triplets(jacobian.flatten(1), x.flatten(), self.components)

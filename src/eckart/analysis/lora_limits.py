@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, ClassVar
@@ -30,8 +30,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..models.adapted import is_adapted, under_adapters
+from ..models.adapted import inside_peft, is_adapted, under_adapters
 from ..models.attention_states import AttentionCall, watching_attention
+from ..models.batches import single_examples
 from ..models.progress import track
 from ..models.select import linears
 from .chained_gradient import num_features, taylor_degree
@@ -175,9 +176,7 @@ def _calls(subject: Subject, model: nn.Module, label: str) -> Iterator[tuple[str
     """Every call of a selected layer's attention for each text by itself, with its tokens that are no padding."""
     names = _names(subject, model)
     for batch in track(subject.batches, label, enabled=subject.progress):
-        size = len(next(iter(batch.values())))
-        for index in range(size):
-            one: Mapping[str, Tensor] = {key: part[index : index + 1] for key, part in batch.items() if key != "labels"}
+        for one in single_examples([{key: part for key, part in batch.items() if key != "labels"}]):
             found: list[AttentionCall] = []
             with watching_attention(model, found.append):
                 model(**one)
@@ -193,8 +192,7 @@ def _calls(subject: Subject, model: nn.Module, label: str) -> Iterator[tuple[str
 
 def _names(subject: Subject, model: nn.Module) -> dict[int, str]:
     """Names of the modules that hold a selected linear map, by identity; without the prefix of PEFT."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    names = {id(module): name for name, module in inner.named_modules()}
+    names = {id(module): name for name, module in inside_peft(model).named_modules()}
     if subject.where is None:
         return names
     chosen = [ref.name for ref in linears(under_adapters(model), subject.where, quantized=True).linears]

@@ -7,8 +7,8 @@
 
 Lower is more compressed. The published figure avoids singular values: O(N d) against O(d^3) of the matrix entropy. It
 bounds the exact norm for N >= d only. For N < d it is the weight of the N largest coordinates, which depends on the
-basis of the hidden states, so the exact norm stands beside it: through the smaller of the two Gram matrices it costs
-O(N d min(N, d)). All figures fall with N at the same geometry: compare texts cut to one length (``length``).
+basis of the hidden states, so the exact norm stands beside it, at O(N d min(N, d)). All figures fall with N at the
+same geometry: compare texts cut to one length (``length``).
 
 A text of one token is its own mean, and is left out with a warning where the original drops NaN in silence. Padding is
 left out; half precision is widened first.

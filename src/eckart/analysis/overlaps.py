@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def subspace_overlaps_of(
         if len(group) < 2:
             continue
         k = min(rank, *shape)
-        bases = map_weights(lambda ref, k=k: _bases(ref, k), group, kind, memory=memory, progress=progress)  # type: ignore[misc]
+        bases = map_weights(partial(_bases, rank=k), group, kind, memory=memory, progress=progress)
         left, right = (pairwise_overlaps(torch.stack(side)) for side in zip(*bases, strict=True))
         found.append(SubspaceOverlaps(kind, tuple(ref.name for ref in group), shape, k, left, right))
     return found

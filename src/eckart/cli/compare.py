@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eckart.cli._layers import GAP, Column, by_kind, fitting, home, print_skipped, shape
 from eckart.cli._options import Json, Quiet, Where, load_model, one_of, prepare
 from eckart.cli._output import console, print_json, shortened, table
 
@@ -20,45 +21,35 @@ if TYPE_CHECKING:
     from eckart.analysis import Comparison, LayerDifference, Reduction
 
 _FORMS = ("dense", "adapter", "same-rank")
-_GAP = 2  # between two columns
-
-
-class _Column(NamedTuple):
-    title: str
-    figure: Callable[[LayerDifference], float]
-    digits: int
-    legend: str
-
-
 # From left to right; the numbers say which are dropped first for want of room.
 _COLUMNS = (
-    (0, _Column("change", lambda one: 100 * one.change, 2, "change: size of the difference, percent of the first.")),
-    (2, _Column("stable", lambda one: one.stable_rank, 1, "stable: energy of the difference over its largest term.")),
-    (8, _Column("effective", lambda one: one.effective_rank, 0, "effective: its exp of entropy, a rank.")),
-    (7, _Column("first 8", lambda one: 100 * one.energy[1], 1, "first 8: percent of its energy in 8 directions.")),
+    (0, Column("change", lambda one: 100 * one.change, 2, "change: size of the difference, percent of the first.")),
+    (2, Column("stable", lambda one: one.stable_rank, 1, "stable: energy of the difference over its largest term.")),
+    (8, Column("effective", lambda one: one.effective_rank, 0, "effective: its exp of entropy, a rank.")),
+    (7, Column("first 8", lambda one: 100 * one.energy[1], 1, "first 8: percent of its energy in 8 directions.")),
     (
         3,
-        _Column(
+        Column(
             "out",
             lambda one: 100 * one.output_overlap,
             1,
             "out, in: percent of it inside the first's leading output, input directions.",
         ),
     ),
-    (4, _Column("in", lambda one: 100 * one.input_overlap, 1, "")),
+    (4, Column("in", lambda one: 100 * one.input_overlap, 1, "")),
     (
         5,
-        _Column(
+        Column(
             "turn out",
             lambda one: math.degrees(one.output_angle),
             0,
             "turn: largest angle between the leading directions of the two, degrees.",
         ),
     ),
-    (6, _Column("turn in", lambda one: math.degrees(one.input_angle), 0, "")),
+    (6, Column("turn in", lambda one: math.degrees(one.input_angle), 0, "")),
     (
         1,
-        _Column(
+        Column(
             "intruders",
             lambda one: one.intruders,
             0,
@@ -119,11 +110,7 @@ def command(
         screen.print(line)
     for line in found.warnings:
         screen.print(f"note: {line}", markup=False, soft_wrap=True)
-    for entry in found.skipped[:5]:
-        line = f"left alone: {entry.name}: {entry.reason} ({entry.parameters:,} parameters)"
-        screen.print(line, markup=False, soft_wrap=True)
-    if len(found.skipped) > 5:
-        screen.print(f"left alone: {len(found.skipped) - 5} more, see --json")
+    print_skipped(screen, found.skipped)
     if written:
         line = f"wrote {out}: {written['intruders']} intruders times {reduce:g}, {form}"
         screen.print(line, markup=False, soft_wrap=True)
@@ -163,21 +150,15 @@ def _reduce(
 
 def _print_layers(out: Console, found: Sequence[LayerDifference]) -> list[str]:
     """One row a weight under the name of the list that its block is in, then one a kind; what the columns mean."""
-    from eckart.models.topology import kinds_of
-
-    homes = {layer.name: _home(layer.name) for layer in found}
-    labels = {layer.name: layer.name.removeprefix(f"{homes[layer.name]}.") for layer in found}
-    by_kind: dict[tuple[str, tuple[int, int]], list[LayerDifference]] = {}
-    one_home = len(set(homes.values())) == 1
-    for layer, kind in zip(found, kinds_of([layer.name for layer in found]).values(), strict=True):
-        label = kind.removeprefix(f"{homes[layer.name]}.") if one_home else kind
-        by_kind.setdefault((label, layer.shape), []).append(layer)
-    kinds = {f"{kind} ({len(members)})": members for (kind, _), members in by_kind.items()}
-    shapes = max(len(_shape(layer)) for layer in found)
-    columns = _fitting(out.width - max(map(len, [*labels.values(), *kinds, "median of each kind"])) - shapes - 2 * _GAP)
+    labels = {layer.name: layer.name.removeprefix(f"{home(layer.name)}.") for layer in found}
+    kinds = by_kind(found)
+    shapes = max(len(shape(layer)) for layer in found)
+    room = out.width - max(map(len, [*labels.values(), *kinds, "median of each kind"])) - shapes
+    order = [column.title for _, column in sorted(_COLUMNS, key=lambda pair: pair[0])]
+    columns = fitting([column for _, column in _COLUMNS], order, room - 2 * GAP)
     shown = table("layer", ">shape", *(f">{column.title}" for column in columns))
-    for home, group in groupby(found, key=lambda layer: homes[layer.name]):
-        shown.add_row(shortened(home or "(outside the blocks)", "bold"))
+    for name, group in groupby(found, key=lambda layer: home(layer.name)):
+        shown.add_row(shortened(name or "(outside the blocks)", "bold"))
         for layer in group:
             shown.add_row(shortened(labels[layer.name]), *_cells(columns, [layer]))
     if len(kinds) < len(found):
@@ -199,29 +180,7 @@ def _print_summary(out: Console, found: Comparison, threshold: float) -> None:
     out.print("by threshold: " + ", ".join(f"{at:g}: {count}" for at, count in pairs))
 
 
-def _fitting(width: int) -> list[_Column]:
-    """The columns that fit in so many characters, the most telling first."""
-    taken = set()
-    for _, column in sorted(_COLUMNS, key=lambda pair: pair[0]):
-        width -= _GAP + max(len(column.title), column.digits + 4)
-        if width < 0:
-            break
-        taken.add(column.title)
-    return [column for _, column in _COLUMNS if column.title in taken]
-
-
-def _cells(columns: Sequence[_Column], layers: Sequence[LayerDifference]) -> list[str]:
+def _cells(columns: Sequence[Column], layers: Sequence[LayerDifference]) -> list[str]:
     """The figures of one weight, or the medians of several of one shape."""
     figures = [(median(column.figure(layer) for layer in layers), column.digits) for column in columns]
-    return [_shape(layers[0]), *("-" if math.isinf(value) else f"{value:.{digits}f}" for value, digits in figures)]
-
-
-def _shape(layer: LayerDifference) -> str:
-    return "x".join(map(str, layer.shape))
-
-
-def _home(name: str) -> str:
-    """The list of blocks that a layer is in: its name up to the first number, which is its block's."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0]]) if numbers else ""
+    return [shape(layers[0]), *("-" if math.isinf(value) else f"{value:.{digits}f}" for value, digits in figures)]

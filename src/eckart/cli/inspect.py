@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from eckart.cli._layers import GAP, Column, by_kind, fitting, home, print_skipped, shape
 from eckart.cli._options import Device, Dtype, Json, Model, Quiet, Where, load_model, prepare
 from eckart.cli._output import console, print_json, shortened, table
 from eckart.cli._sparkline import sparkline
@@ -20,45 +22,34 @@ if TYPE_CHECKING:
     from eckart.analysis import LayerSpectrum, SubspaceOverlaps
     from eckart.models import Selection
 
-_GAP = 2  # between two columns
 
-
-class _Column(NamedTuple):
-    title: str
-    figure: Callable[[LayerSpectrum], float]
-    digits: int
-    legend: str = ""
-
-
-def _columns() -> tuple[list[_Column], list[str]]:
+def _columns() -> tuple[list[Column], list[str]]:
     """All of them from left to right, and the titles in the order in which they are dropped for want of room, last."""
     from eckart.analysis import FRACTIONS, RATIOS
 
     parts = [
-        _Column(f"{f:.0%}", lambda layer, i=i: 100 * layer.energy[i], 1)  # type: ignore[misc]
+        Column(f"{f:.0%}", lambda layer, i=i: 100 * layer.energy[i], 1)  # type: ignore[misc]
         for i, f in enumerate(FRACTIONS)
     ]
     parts[0] = parts[0]._replace(legend="10%, 25%, 50%: percentage of the energy in this part of full rank.")
     keeps = [
-        _Column(f"keep {r:.0%}", lambda layer, key=f"{r:.0%}": 100 * layer.kept[key], 1)  # type: ignore[misc]
+        Column(f"keep {r:.0%}", lambda layer, key=f"{r:.0%}": 100 * layer.kept[key], 1)  # type: ignore[misc]
         for r in RATIOS
     ]
     keeps[1] = keeps[1]._replace(
         legend="keep 20%: percentage of the energy left when pivoted factors save 20 %.",
     )
     columns = [
-        _Column("stable", lambda one: one.stable_rank, 1, "stable: energy (sum of squares) over its largest term."),
-        _Column("entropy", lambda one: one.entropy_rank, 0, "entropy: exp of the entropy of the energies, a rank."),
-        _Column(
-            "effective", lambda one: one.effective_rank, 0, "effective: exp of the entropy of the singular values."
-        ),
-        _Column("condition", lambda one: one.condition, 0, "condition: largest over smallest singular value."),
-        _Column("alpha", lambda one: one.tail_exponent, 1, "alpha: exponent of the power law in the tail."),
-        _Column("KS", lambda one: one.tail_distance, 2, "KS: distance of the tail from that power law."),
-        _Column("noise", lambda one: one.above_noise, 0, "noise: singular values above the edge of noise."),
+        Column("stable", lambda one: one.stable_rank, 1, "stable: energy (sum of squares) over its largest term."),
+        Column("entropy", lambda one: one.entropy_rank, 0, "entropy: exp of the entropy of the energies, a rank."),
+        Column("effective", lambda one: one.effective_rank, 0, "effective: exp of the entropy of the singular values."),
+        Column("condition", lambda one: one.condition, 0, "condition: largest over smallest singular value."),
+        Column("alpha", lambda one: one.tail_exponent, 1, "alpha: exponent of the power law in the tail."),
+        Column("KS", lambda one: one.tail_distance, 2, "KS: distance of the tail from that power law."),
+        Column("noise", lambda one: one.above_noise, 0, "noise: singular values above the edge of noise."),
         *parts,
         *keeps,
-        _Column(
+        Column(
             "break-even",
             lambda one: one.break_even_rank,
             0,
@@ -67,19 +58,6 @@ def _columns() -> tuple[list[_Column], list[str]]:
     ]
     first = ["entropy", "alpha", "noise", "keep 20%", "stable", "effective", "KS", "condition"]
     return columns, [*first, *(column.title for column in columns if column.title not in first)]
-
-
-def _fitting(width: int) -> list[_Column]:
-    """The columns that fit in so many characters, the most telling first."""
-    columns, order = _columns()
-    by_title = {column.title: column for column in columns}
-    taken = set()
-    for title in order:
-        width -= _GAP + max(len(title), by_title[title].digits + 4)
-        if width < 0:
-            break
-        taken.add(title)
-    return [column for column in columns if column.title in taken]
 
 
 def command(
@@ -108,7 +86,7 @@ def command(
                 "model": model,
                 "layers": [layer.to_dict() for layer in found],
                 **({"overlaps": [one.to_dict() for one in shared]} if overlaps else {}),
-                "skipped": [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in chosen.skipped],
+                "skipped": [asdict(one) for one in chosen.skipped],
             }
         )
         return
@@ -120,21 +98,16 @@ def command(
     out.print(f"{len(found)} weights, {parameters:,} parameters; figures of the weights alone.")
     for line in legend:
         out.print(line, soft_wrap=True)
-    for entry in chosen.skipped[:5]:
-        line = f"left alone: {entry.name}: {entry.reason} ({entry.parameters:,} parameters)"
-        out.print(line, markup=False, soft_wrap=True)
-    if len(chosen.skipped) > 5:
-        out.print(f"left alone: {len(chosen.skipped) - 5} more, see --json")
+    print_skipped(out, chosen.skipped)
 
 
 def _selection(model: str, where: Any, dtype: str, device: str, *, progress: bool) -> Selection:
     """The weights of a checkpoint, read one by one if they can be and need not be converted or moved."""
     from eckart.models import linears, resolve
-    from eckart.models.stored import LayoutError, stored_linears
+    from eckart.models.stored import LayoutError, has_safetensors, stored_linears
 
     path = resolve(model)
-    stored = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    if stored and (dtype, device) == ("auto", "cpu"):
+    if has_safetensors(path) and (dtype, device) == ("auto", "cpu"):
         try:
             return stored_linears(path, where)
         except LayoutError:
@@ -144,23 +117,22 @@ def _selection(model: str, where: Any, dtype: str, device: str, *, progress: boo
 
 def _print_layers(out: Console, found: Sequence[LayerSpectrum]) -> list[str]:
     """One row a weight under the name of the list that its block is in, then one row a kind; what the columns mean."""
-    home = {layer.name: _home(layer.name) for layer in found}
-    kinds = [(f"{kind} ({len(members)})", members) for kind, members in _kinds(found, home)]
-    labels = [layer.name.removeprefix(f"{home[layer.name]}.") for layer in found]
+    kinds = by_kind(found)
+    labels = [layer.name.removeprefix(f"{home(layer.name)}.") for layer in found]
     bars = 12 if out.width >= 120 else 8
-    shapes = max(len(_shape(layer)) for layer in found)
-    room = out.width - max(map(len, [*labels, *(kind for kind, _ in kinds), "median of each kind"])) - bars - shapes
-    columns = _fitting(room - 2 * _GAP)
+    shapes = max(len(shape(layer)) for layer in found)
+    room = out.width - max(map(len, [*labels, *kinds, "median of each kind"])) - bars - shapes
+    columns = fitting(*_columns(), room - 2 * GAP)
     cells = _Cells(columns, bars, out.options.ascii_only)
     shown = table("layer", "spectrum", ">shape", *(f">{column.title}" for column in columns))
-    for name, group in groupby(zip(labels, found, strict=True), key=lambda row: home[row[1].name]):
+    for name, group in groupby(zip(labels, found, strict=True), key=lambda row: home(row[1].name)):
         shown.add_row(shortened(name or "(outside the blocks)", "bold"))
         for label, layer in group:
             shown.add_row(shortened(label), *cells.of([layer]))
     if len(kinds) < len(found):
         shown.add_row()
         shown.add_row(shortened("median of each kind", "bold"))
-        for kind, members in kinds:
+        for kind, members in kinds.items():
             shown.add_row(shortened(kind), *cells.of(members))
     out.print(shown)
     out.print()
@@ -173,7 +145,7 @@ def _print_overlaps(out: Console, shared: Sequence[SubspaceOverlaps]) -> list[st
     if not shared:
         out.print("No two weights of one kind to compare.\n")
         return []
-    homes = {_home(name) for one in shared for name in one.names}
+    homes = {home(name) for one in shared for name in one.names}
     shown = table("overlap of each kind", ">rank", ">out", ">all", ">random", ">in", ">all", ">random")
     for one in shared:
         kind = one.kind.removeprefix(f"{next(iter(homes))}.") if len(homes) == 1 else one.kind
@@ -188,30 +160,10 @@ def _print_overlaps(out: Console, shared: Sequence[SubspaceOverlaps]) -> list[st
     ]
 
 
-def _home(name: str) -> str:
-    """The list of blocks that a layer is in: its name up to the first number, which is its block's."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0]]) if numbers else ""
-
-
-def _kinds(found: Sequence[LayerSpectrum], home: dict[str, str]) -> list[tuple[str, list[LayerSpectrum]]]:
-    """The weights of one name but for the numbers in it, and of one shape."""
-    from eckart.models.topology import kinds_of
-
-    kinds = kinds_of([layer.name for layer in found])
-    several = len(set(home.values())) > 1
-    made: dict[tuple[str, tuple[int, int]], list[LayerSpectrum]] = {}
-    for layer in found:
-        kind = kinds[layer.name] if several else kinds[layer.name].removeprefix(f"{home[layer.name]}.")
-        made.setdefault((kind, layer.shape), []).append(layer)
-    return [(kind, members) for (kind, _), members in made.items()]
-
-
 class _Cells(NamedTuple):
     """How a row is written."""
 
-    columns: Sequence[_Column]
+    columns: Sequence[Column]
     width: int
     ascii_only: bool
 
@@ -219,11 +171,7 @@ class _Cells(NamedTuple):
         """The figures of one weight, or the medians of several of one shape."""
         line = sparkline([layer.singular_values for layer in layers], self.width, ascii_only=self.ascii_only)
         figures = [(median(column.figure(layer) for layer in layers), column.digits) for column in self.columns]
-        return [line, _shape(layers[0]), *(_written(value, digits) for value, digits in figures)]
-
-
-def _shape(layer: LayerSpectrum) -> str:
-    return "x".join(map(str, layer.shape))
+        return [line, shape(layers[0]), *(_written(value, digits) for value, digits in figures)]
 
 
 def _written(value: float, digits: int) -> str:

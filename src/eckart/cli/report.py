@@ -88,12 +88,11 @@ class _Loading:
     def source(self, name: str) -> Source:
         """A model; its weights are read one by one if they can be and need not be converted or moved."""
         from eckart.models import resolve
-        from eckart.models.stored import LayoutError
+        from eckart.models.stored import LayoutError, has_safetensors
         from eckart.report import Source
 
         path = resolve(name)
-        stored = any((path / file).is_file() for file in ("model.safetensors", "model.safetensors.index.json"))
-        if stored and (self.dtype, self.device) == ("auto", "cpu"):
+        if has_safetensors(path) and (self.dtype, self.device) == ("auto", "cpu"):
             try:
                 return Source.stored(path, name, self.where)
             except LayoutError:
@@ -106,17 +105,9 @@ class _Loading:
 
     def changed(self, name: str, base: str) -> Source:
         """The model after the change: another one, or the first one with an adapter on it."""
+        from eckart.models.adapter_files import is_adapter, load_adapter
         from eckart.report import Source
 
-        if not (Path(name) / "adapter_config.json").is_file():
+        if not is_adapter(name):
             return self.source(name)
-        from peft import PeftModel
-
-        import eckart.adapters  # noqa: F401  # so that PEFT knows our adapters
-
-        try:
-            model = PeftModel.from_pretrained(self.load(base), name)
-        except (RuntimeError, ValueError, KeyError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ValueError(f"the adapter in {name} does not fit {base}: {(lines[1:] or lines)[0]}") from error
-        return Source.of(model, name, self.where)
+        return Source.of(load_adapter(self.load(base), name), name, self.where)

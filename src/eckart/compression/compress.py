@@ -195,8 +195,7 @@ def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMe
 
 
 def _name_of(method: WeightMethod) -> str:
-    target = f"{type(method).__module__}:{type(method).__name__}"
-    return next((row.name for row in catalog.METHODS if row.target == target), target)
+    return catalog.name_of(type(method)) or f"{type(method).__module__}:{type(method).__name__}"
 
 
 def _batches(method: WeightMethod, surveys: frozenset[str], data: Iterable[Any] | None, tokenizer: Any) -> list[Batch]:

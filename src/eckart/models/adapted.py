@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .select import LinearRef, Selection, Where, linears
 
-__all__ = ["AdaptedRef", "adapted_linears", "adapted_modules", "is_adapted", "under_adapters"]
+__all__ = ["AdaptedRef", "adapted_linears", "adapted_modules", "inside_peft", "is_adapted", "under_adapters"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def adapted_modules(model: nn.Module) -> list[str]:
     if not is_adapted(model):
         return []
     found: list[str] = []
-    for name, module in _inner(model).named_modules():
+    for name, module in inside_peft(model).named_modules():
         if isinstance(module, _kinds()[:2]) and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return found
@@ -101,7 +101,7 @@ def under_adapters(model: nn.Module) -> nn.Module:
         >>> under_adapters(model) is model
         True
     """
-    return _bare(_inner(model), trained=False) if is_adapted(model) else model
+    return _bare(inside_peft(model), trained=False) if is_adapted(model) else model
 
 
 def adapted_linears(model: nn.Module, where: Where | None = None) -> Selection:
@@ -120,7 +120,7 @@ def adapted_linears(model: nn.Module, where: Where | None = None) -> Selection:
     """
     if not is_adapted(model):
         return linears(model, where)
-    inner, tuner = _inner(model), _kinds()[0]
+    inner, tuner = inside_peft(model), _kinds()[0]
     layers: dict[str, Any] = {name: module for name, module in inner.named_modules() if isinstance(module, tuner)}
     chosen = linears(_bare(inner, trained=True), where)
     refs = [
@@ -130,8 +130,8 @@ def adapted_linears(model: nn.Module, where: Where | None = None) -> Selection:
     return Selection(refs, chosen.skipped)
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model that a PEFT model wraps."""
+def inside_peft(model: nn.Module) -> nn.Module:
+    """The transformers model that a PEFT model wraps, adapters and all; any other model itself."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inner
 

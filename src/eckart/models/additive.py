@@ -1,15 +1,12 @@
-"""What a model adds to its hidden states whatever its inputs are, and gradients by that alone."""
+"""What a model adds to its hidden states whatever its inputs are."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 from torch import nn
 
 from .backbone import pretrained_models
 
-__all__ = ["additive", "only_additive"]
+__all__ = ["additive"]
 
 
 def additive(model: nn.Module) -> list[nn.Parameter]:
@@ -30,19 +27,3 @@ def additive(model: nn.Module) -> list[nn.Parameter]:
         and (name.endswith("bias") or (isinstance(module, nn.Embedding) and id(module) not in inputs))
     }
     return list(found.values())
-
-
-@contextlib.contextmanager
-def only_additive(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Let no parameter record gradients but those of :func:`additive`, which are given; restored afterwards."""
-    found = additive(model)
-    wanted = {id(p) for p in found}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            if p.is_floating_point():
-                p.requires_grad_(id(p) in wanted)
-        yield found
-    finally:
-        for p, flag in before:
-            p.requires_grad_(flag)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from .replay import Batch
 
-__all__ = ["as_batches", "check_source", "python_documentation", "read_text", "text_batches"]
+__all__ = ["as_batches", "check_source", "python_documentation", "read_text", "single_examples", "text_batches"]
 
 Part = Literal["calibration", "evaluation"]
 
@@ -174,6 +174,19 @@ def as_batches(data: Iterable[Any]) -> list[Batch]:
     if not batches:
         raise ValueError("no data: the iterable of batches is empty")
     return batches
+
+
+def single_examples(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[Batch]:
+    """The rows of batches, each as a batch of its own.
+
+    Example:
+        >>> [one["input_ids"].tolist() for one in single_examples([{"input_ids": torch.arange(4).reshape(2, 2)}])]
+        [[[0, 1]], [[2, 3]]]
+    """
+    for batch in batches:
+        size = next(iter(batch.values())).shape[0]
+        for row in range(size):
+            yield {key: t[row : row + 1] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}
 
 
 def _batch(element: Any) -> Batch:

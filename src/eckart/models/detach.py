@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS
 
-from .additive import only_additive
+from .additive import additive
+from .groups import only_gradients_of
 
 __all__ = ["Gating", "detached"]
 
@@ -66,7 +67,7 @@ def detached(model: nn.Module, gating: Gating = "gate") -> Iterator[None]:
     """
     mode = _Detach(gating, {id(module): name for name, module in model.named_modules()})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_additive(model))
+        stack.enter_context(only_gradients_of(model, additive(model)))
         for module in model.modules():
             if isinstance(module, _ACTIVATIONS):
                 waiting: list[Tensor] = []

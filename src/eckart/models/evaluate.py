@@ -145,6 +145,17 @@ def context_length(model: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def check_context(model: Any, tokens: int) -> None:
+    """Refuse an input that is longer than the model's context.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    longest = context_length(model)
+    if longest is not None and tokens > longest:
+        raise ValueError(f"an input of {tokens} tokens is longer than the model's context of {longest}; cut it")
+
+
 def num_parameters(model: nn.Module) -> int:
     """Numbers stored in the weights, tied ones once."""
     return sum(p.numel() for p in model.parameters())

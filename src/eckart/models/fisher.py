@@ -9,8 +9,7 @@ layer's inputs x and the gradients d of its outputs, one backward pass a batch.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import nn
 
 from ..structures.base import wide
-from .groups import evaluating
+from .batches import single_examples
+from .groups import evaluating, only_gradients_of
 from .progress import track
 from .replay import Batch
 from .select import LinearRef
@@ -81,7 +81,7 @@ def fisher(
         with (
             torch.inference_mode(False),
             evaluating(model),
-            _only_embedding_requires_grad(model),
+            only_gradients_of(model, _embedding(model).parameters()),
             torch.enable_grad(),
         ):
             for batch in track(batches, "gradients", enabled=progress):
@@ -116,14 +116,9 @@ def _even_parts(batch: Batch) -> list[Batch]:
             labels[padding] = -100
             labels[:, 1:][padding[:, :-1]] = -100  # nothing to predict the first token after padding from
         batch = {**batch, "labels": labels}
-    size = _size(batch)
     if labels is None or not bool((labels == -100).any()):
         return [batch]
-    return [
-        {k: v[i : i + 1] if v.ndim and v.shape[0] == size else v for k, v in batch.items()}
-        for i in range(size)
-        if bool((labels[i] != -100).any())
-    ]
+    return [one for one, own in zip(single_examples([batch]), labels, strict=True) if bool((own != -100).any())]
 
 
 def _size(batch: Batch) -> int:
@@ -146,16 +141,3 @@ def _embedding(model: nn.Module) -> nn.Module:
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embedding to start the backward pass from")
     return embedding
-
-
-@contextlib.contextmanager
-def _only_embedding_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow through every layer without one being made for every weight."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    _embedding(model).requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)

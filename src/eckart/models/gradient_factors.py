@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..structures.base import wide
 from .attention import Rows, attention_projections
+from .groups import only_gradients_of
 from .heads import Role
-from .replay import Batch
 from .select import Where, linears
 from .sublayers import sublayers
 from .topology import block_of, blocks
@@ -30,7 +30,6 @@ __all__ = [
     "gradient_factors",
     "in_float32",
     "neighbours",
-    "single_examples",
 ]
 
 Factors = tuple[Tensor, Tensor]
@@ -160,7 +159,7 @@ def gradient_factors(
     handles = [model.get_submodule(name).register_forward_hook(partial(tap, name), with_kwargs=True) for name in names]
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
+        with torch.inference_mode(False), torch.enable_grad(), only_gradients_of(model):
             inputs = {key: wide(t) if t.is_floating_point() else t for key, t in batch.items()}
             loss = getattr(model(**inputs, **extra), "loss", None)
             if loss is None:
@@ -193,17 +192,6 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Let a model of half precision compute in float32; afterwards it has its very tensors back.
 
@@ -224,16 +212,3 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = data
         for module, key, buffer in buffers:
             module._buffers[key] = buffer
-
-
-def single_examples(batches: Sequence[Mapping[str, Tensor]]) -> Iterator[Batch]:
-    """The rows of batches, each as a batch of its own.
-
-    Example:
-        >>> [one["input_ids"].tolist() for one in single_examples([{"input_ids": torch.arange(4).reshape(2, 2)}])]
-        [[[0, 1]], [[2, 3]]]
-    """
-    for batch in batches:
-        size = next(iter(batch.values())).shape[0]
-        for row in range(size):
-            yield {key: t[row : row + 1] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .kinds import is_four_bit
 from .select import Where, linears
 from .topology import InputTracker, block_of, blocks, example_inputs
 
-__all__ = ["evaluating", "input_groups"]
+__all__ = ["evaluating", "input_groups", "only_gradients_of"]
 
 
 def input_groups(
@@ -90,3 +90,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = modes.get(name, module.training)
+
+
+@contextlib.contextmanager
+def only_gradients_of(model: nn.Module, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Let none of the model's parameters record gradients but these; afterwards all are as they were."""
+    wanted = {id(parameter) for parameter in parameters}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .additive import only_additive
+from .additive import additive
 from .backbone import backbone_blocks, pretrained_models
 from .detach import Gating, detached
-from .evaluate import context_length, is_causal
-from .groups import evaluating
+from .evaluate import check_context, is_causal
+from .groups import evaluating, only_gradients_of
 from .kinds import is_norm
 
 __all__ = ["Recording", "input_table", "output_scores", "recorded", "rewritten"]
@@ -30,7 +30,7 @@ class Recording:
         embeddings: (T, d) what the ids were looked up as.
         states: (1, T, d) each: what enters every block, and what leaves the last.
         output: (d,) the hidden state of the last token, after the final norm.
-        additive: What was added on the way, see `eckart.models.detach.additive`.
+        additive: What was added on the way, see `eckart.models.additive`.
     """
 
     embeddings: Tensor
@@ -61,11 +61,9 @@ def recorded(model: nn.Module, ids: Tensor, gating: Gating | None = "gate") -> I
         torch.Size([3, 4]) 3 torch.Size([4])
     """
     whole = _language_model(model)
-    longest = context_length(whole)
     if ids.ndim != 1 or not len(ids):
         raise ValueError(f"ids must be one prompt, (tokens,) and not empty, not {tuple(ids.shape)}")
-    if longest is not None and len(ids) > longest:
-        raise ValueError(f"an input of {len(ids)} tokens is longer than the model's context of {longest}; cut it")
+    check_context(whole, len(ids))
     backbone: Any = whole.base_model
     accepted = inspect.signature(backbone.forward).parameters
     if "inputs_embeds" not in accepted:
@@ -86,7 +84,7 @@ def recorded(model: nn.Module, ids: Tensor, gating: Gating | None = "gate") -> I
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        added = stack.enter_context(only_additive(model))
+        stack.enter_context(only_gradients_of(model, added := additive(model)))
         with contextlib.ExitStack() as passing:
             e = whole.get_input_embeddings()(ids.to(whole.device)).detach().requires_grad_()
             for block in found:

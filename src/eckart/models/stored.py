@@ -19,7 +19,7 @@ from .quantizer import METHOD, EckartConfig, EckartQuantizer
 from .select import LinearRef, Selection, Where, linears
 from .stream import CheckpointReader
 
-__all__ = ["LayoutError", "StoredRef", "stored_linears", "stored_modules"]
+__all__ = ["LayoutError", "StoredRef", "has_safetensors", "stored_linears", "stored_modules"]
 
 
 class LayoutError(ValueError):
@@ -47,6 +47,16 @@ class StoredRef(LinearRef):
             return made.dense().detach()
         weight = self.reader.read(self.keys["weight"])
         return weight.mT if self.kind == "conv1d" else weight
+
+
+def has_safetensors(path: Path) -> bool:
+    """Whether a directory has weights that can be read one by one.
+
+    Example:
+        >>> has_safetensors(Path("no-such-directory"))
+        False
+    """
+    return any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def stored_linears(path: Path, where: Where | None = None) -> Selection:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import catalog
 from ..models.chain import Perceptron, perceptron
-from ..options import make
+from ..options import chosen_method
 from .contract import Affine, Initialization, InitializationMethod
 from .moments import joint_moments
 
@@ -54,7 +53,9 @@ def initialize(
         >>> found.rank, round(found.explained, 2)
         (2, 0.62)
     """
-    chosen = _made(method, options)
+    chosen = chosen_method(method, options, "pretraining")
+    if not isinstance(chosen, InitializationMethod):
+        raise ValueError(f"{method} is no initialisation; `eckart methods {method}` says what it is")
     parts = perceptron(network)
     widths = [parts.linears[0].in_features, *(linear.out_features for linear in parts.linears)]
     for name, linear, width in zip(parts.names, parts.linears, widths, strict=False):
@@ -76,17 +77,6 @@ def initialize(
         if linear.bias is not None:
             linear.bias.copy_(affine.bias)
     return found
-
-
-def _made(method: str | InitializationMethod, options: dict[str, Any]) -> InitializationMethod:
-    if isinstance(method, InitializationMethod):
-        if options:
-            raise ValueError(f"give options to {type(method).__name__}(...) itself, or the method by name")
-        return method
-    made = make(catalog.get(method, family="pretraining"), options)
-    if not isinstance(made, InitializationMethod):
-        raise ValueError(f"{method} is no initialisation; `eckart methods {method}` says what it is")
-    return made
 
 
 def _pairs(

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ..linalg import LinalgError, effective_rank, singular_values, stable_rank
-from ..models.pairs import Pair
-from ..models.weights import MEMORY, map_weights
+from ..models.pairs import Pair, map_pairs
 
 __all__ = ["Difference", "differences"]
 
@@ -60,12 +59,7 @@ def differences(pairs: Sequence[Pair], *, progress: bool = True) -> list[Differe
         >>> found.relative, found.stable_rank
         (0.5, 2.0)
     """
-    by_name = {both.name: both for both in pairs}
-    firsts = [both.first for both in pairs]
-    # Two weights at a time, of which `map_weights` counts one.
-    return map_weights(
-        lambda ref: _difference(by_name[ref.name]), firsts, "differences", memory=MEMORY / 2, progress=progress
-    )
+    return map_pairs(_difference, pairs, "differences", progress=progress)
 
 
 def _difference(both: Pair) -> Difference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -138,7 +138,7 @@ def report_figures(
         "points": {str(size): positions(size, points).tolist() for size in sizes},
         "advice": _command(advice, model.name, method),
         "layers": entries,
-        "skipped": [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in skipped],
+        "skipped": [asdict(one) for one in skipped],
         "against": None if against is None or pairs is None else _against(against, pairs, points, progress),
     }
 

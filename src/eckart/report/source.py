@@ -12,7 +12,7 @@ from torch import nn
 
 from ..analysis import LayerSpectrum
 from ..models import Selection, Where, model_bytes, num_parameters, specs
-from ..models.adapted import is_adapted
+from ..models.adapted import inside_peft, is_adapted
 from ..models.evaluate import is_causal
 from ..models.stored import stored_linears, stored_modules
 from ..models.weights import weights_of
@@ -67,10 +67,9 @@ class Source:
     def about(self, layers: Sequence[LayerSpectrum]) -> dict[str, Any]:
         """Plain figures of the whole model, for JSON."""
         types = Counter(str(p.dtype).removeprefix("torch.") for p in self.root.parameters())
-        inner: Any = self.root.get_base_model() if hasattr(self.root, "get_base_model") else self.root  # type: ignore[operator]
         return {
             "name": self.name,
-            "architecture": type(inner).__name__ + (" with adapters" if is_adapted(self.root) else ""),
+            "architecture": type(inside_peft(self.root)).__name__ + (" with adapters" if is_adapted(self.root) else ""),
             "dtype": types.most_common(1)[0][0],
             "parameters": num_parameters(self.root),
             "bytes": model_bytes(self.root),
