@@ -265,6 +265,36 @@ def test_welore_is_one_threshold_on_normalised_values(form):
     assert total_cost(matrices, more, form) > 0.5 * sum(math.prod(m.shape) for m in matrices)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "dense_from"), [(1, None, 0.5), (3, 12, 1.0), (2, 30, 0.4), (1, 7, 0.2)]
+)
+def test_ranks_keep_to_limits_and_the_budget_is_met(policy, form, minimum, maximum, dense_from):
+    matrices = model(8)
+    limits = {"minimum": minimum, "maximum": maximum, "dense_from": dense_from}
+    for ratio in (0.2, 0.5, 0.8):
+        ranks = allocate(matrices, ratio, policy=policy, form=form, **limits)
+        assert total_cost(matrices, ranks, form) <= (1 - ratio) * sum(math.prod(m.shape) for m in matrices)
+        for m in matrices:
+            rank, size = ranks[m.name], min(m.shape)
+            assert rank >= minimum
+            assert rank == size or (rank < dense_from * size and rank <= (maximum or size))
+            stays = min(dense_from * size, break_even_rank(*m.shape, form))
+            assert rank < size or maximum is None or min(maximum, size) >= stays
+
+
+def test_a_matrix_that_keeps_most_of_its_ranks_stays_dense_and_the_others_pay():
+    flat, steep = torch.linspace(2, 1, 20), 2.0 ** -torch.arange(20.0)
+    matrices = [Matrix("flat", (20, 20), flat), Matrix("steep", (20, 20), steep)]
+    free = allocate(matrices, 0.2, policy="welore")
+    assert 10 <= free["flat"] < 20
+    held = allocate(matrices, 0.2, policy="welore", dense_from=0.5)
+    assert held["flat"] == 20
+    assert held["steep"] < free["steep"] or held["steep"] < 10
+    assert 400 + num_parameters(20, 20, held["steep"]) <= 0.8 * 800
+
+
 def test_a_spectrum_in_any_order_and_dtype():
     matrices = model(7)
     shuffled = [Matrix(m.name, m.shape, m.spectrum.flip(0).to(torch.float64), m.group) for m in matrices]
@@ -290,6 +320,8 @@ ONE = Matrix("one", (4, 4), torch.ones(4))
         ([ONE], 0.5, {"policy": "greedy"}, "policy must be one of uniform, threshold, svd-llm-v2, welore"),
         ([ONE], 0.5, {"form": "sparse"}, "form must be one of plain, pivoted"),
         ([ONE], 0.5, {"minimum": 0}, "minimum must be at least 1"),
+        ([ONE], 0.5, {"minimum": 3, "maximum": 2}, "maximum must be at least the minimum 3, not 2"),
+        ([ONE], 0.5, {"dense_from": 0.0}, "dense_from is a fraction of the ranks, above 0 to 1, not 0.0"),
         ([ONE, ONE], 0.5, {}, "two matrices are called 'one'"),
         ([Matrix("w", (4, 4))], 0.5, {"policy": "welore"}, 'w: policy "welore" needs the singular values'),
         ([Matrix("w", (4, 4), torch.ones(3))], 0.5, {"policy": "threshold"}, "w: the spectrum must be 4 finite values"),

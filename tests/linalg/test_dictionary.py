@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,23 @@ def test_no_sweep_raises_the_error(m, n, k, s):
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.98 * errors[0]
     assert errors[0] <= best_error(w, s)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "s"), [(30, 60, 20, 5), (16, 80, 40, 4), (40, 30, 10, 3), (20, 50, 12, 12)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_sweep_with_pursuit_in_steps_raises_the_error(m, n, k, s, steps):
+    w = gaussian(m, n)
+    results = [dictionary(w, k, s, sweeps=sweeps, steps=steps) for sweeps in range(7)]
+    errors = [float(result.error) for result in results]
+    for before, after in pairwise(errors):
+        assert after <= before * (1 + 1e-12)
+    np.testing.assert_allclose(errors, [true_error(w, result) for result in results], rtol=1e-10)
+    if s == k:  # all atoms, the truncated SVD
+        np.testing.assert_allclose(errors, best_error(w, k), rtol=1e-10)
+    else:
+        assert errors[-1] < 0.98 * errors[0]
+    if steps == 3:  # not much worse than one atom at a time
+        assert errors[-1] < 1.1 * float(dictionary(w, k, s, sweeps=6).error)
 
 
 def test_gain_shape_quantiser():
@@ -200,6 +219,8 @@ def test_messages():
             dictionary(w, k, s)
     with pytest.raises(ValueError, match="sweeps must be at least 0"):
         dictionary(w, 3, 1, sweeps=-1)
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0; leave it out"):
+        dictionary(w, 3, 1, steps=0)
     for empty in (w[:0], w[:, :0]):
         with pytest.raises(LinalgError, match=r"^w: .*is empty"):
             dictionary(empty, 3, 1)

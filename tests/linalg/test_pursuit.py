@@ -36,6 +36,52 @@ def test_equals_scikit_learn(m, k, n, s):
         np.testing.assert_allclose(codes.dense().numpy(), oracle, atol=1e-8)
 
 
+def generalized(d: np.ndarray, w: np.ndarray, s: int, steps: int) -> np.ndarray:
+    """The textbook's gOMP, column by column, with an exact refit after every step."""
+    codes = np.zeros((d.shape[1], w.shape[1]))
+    for column in range(w.shape[1]):
+        support: list[int] = []
+        left = w[:, column]
+        for step in range(steps):
+            gains = np.abs(d.T @ left)
+            gains[support] = -1
+            support += list(np.argsort(-gains)[: -(-s * (step + 1) // steps) - len(support)])
+            fit = np.linalg.lstsq(d[:, support], w[:, column], rcond=None)[0]
+            left = w[:, column] - d[:, support] @ fit
+        codes[support, column] = fit
+    return codes
+
+
+@pytest.mark.parametrize(("m", "k", "n", "s", "steps"), [(60, 20, 40, 6, 3), (40, 50, 30, 7, 4), (30, 20, 10, 5, 1)])
+def test_a_pursuit_in_steps_is_the_generalised_one(m, k, n, s, steps):
+    d, w = unit(m, k), gaussian(m, n, seed=1)
+    codes = orthogonal_matching_pursuit(d, w, s, steps=steps)
+    # Six iterations solve up to six unknowns exactly, so that the choices are those of exact refits.
+    np.testing.assert_allclose(codes.dense().numpy(), generalized(d.numpy(), w.numpy(), s, steps), atol=1e-8)
+
+
+def test_as_many_steps_as_atoms_are_the_plain_pursuit():
+    d, w = unit(20, 30), gaussian(20, 50, seed=1)
+    plain = orthogonal_matching_pursuit(d, w, 6)
+    for steps in (6, 9):
+        assert torch.equal(orthogonal_matching_pursuit(d, w, 6, steps=steps).dense(), plain.dense())
+    few = orthogonal_matching_pursuit(d, w, 6, steps=2)
+    assert float(plain.error) < float(few.error) < 1.2 * float(plain.error)
+
+
+def test_a_pursuit_in_steps_survives_zero_columns_and_equal_atoms():
+    d = unit(10, 8)
+    d[:, 5] = d[:, 2]
+    d[:, 7] = 0
+    w = torch.stack([2 * d[:, 2], torch.zeros(10, dtype=torch.float64), gaussian(10)], dim=1)
+    codes = orthogonal_matching_pursuit(d, w, 6, steps=2)
+    assert bool(codes.values.isfinite().all())
+    assert bool((codes.indices.sort(dim=1).values.diff(dim=1) > 0).all())
+    left = w - d @ codes.dense()
+    assert float(left[:, :2].norm()) < 1e-9
+    assert float(codes.error) == pytest.approx(float(left.norm()))
+
+
 def test_chunks_change_nothing(monkeypatch):
     d, w = unit(20, 30), gaussian(20, 50, seed=1)
     whole = orthogonal_matching_pursuit(d, w, 6)
@@ -133,6 +179,8 @@ def test_messages():
     d, w = gaussian(4, 3), gaussian(4, 2)
     with pytest.raises(ValueError, match="sparsity must be at least 1"):
         orthogonal_matching_pursuit(d, w, 0)
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        orthogonal_matching_pursuit(d, w, 1, steps=0)
     for other in (gaussian(5, 2), gaussian(2, 4, 2), gaussian(4, 0)):
         with pytest.raises(LinalgError, match=r"does not fit d of shape \(4, 3\)"):
             orthogonal_matching_pursuit(d, other, 1)

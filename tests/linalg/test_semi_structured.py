@@ -121,6 +121,22 @@ def test_a_planted_factorisation_is_improved_from_a_start_near_it():
     assert float(result.error) < 1e-5 * float(w.norm())
 
 
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_given_support_is_kept_unless_another_is_better(block):
+    d = gaussian(30, 10) + 2 * gaussian(30, 1, seed=1)  # atoms alike: the largest correlations mislead
+    support = gaussian(40 // block, 10, seed=2).argsort(dim=1)[:, :3]
+    mask = torch.zeros(40 // block, 10).scatter_(1, support, 1).repeat_interleave(block, dim=0).T
+    w = d @ (gaussian(10, 40, seed=3) * mask)
+    options = {"nonzeros": 3, "block": block, "sweeps": 0, "start": d}
+    found = dense_sparse(w, 10, **options, support=support.to(torch.uint8))
+    assert torch.equal(found.codes.indices.sort().values, support.sort().values)
+    assert float(found.error) < 1e-9 * float(w.norm())
+    assert float(dense_sparse(w, 10, **options).error) > 0.01 * float(w.norm())
+    # The least correlated atoms are given up for better ones.
+    worst = (d.T @ w).square().unflatten(1, (-1, block)).sum(2).topk(3, dim=0, largest=False).indices.T
+    assert not torch.equal(dense_sparse(w, 10, **options, support=worst).codes.indices, worst)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(1, 14),
@@ -201,6 +217,14 @@ def test_messages():
         dense_sparse(w, 4, nonzeros=1, block=5)
     with pytest.raises(LinalgError, match=r"start: .*give it the shape \(8, 4\)"):
         dense_sparse(w, 4, nonzeros=1, start=gaussian(8, 3))
+    start, support = gaussian(8, 4), torch.zeros(12, 1, dtype=torch.int64)
+    for wrong in ({"support": support}, {"start": start, "support": support[:5]}):
+        with pytest.raises(
+            LinalgError, match=r"support: .*give \(columns / block, 1\) integers for one w, and a start"
+        ):
+            dense_sparse(w, 4, nonzeros=1, **wrong)
+    with pytest.raises(LinalgError, match="give integers from 0 to 3"):
+        dense_sparse(w, 4, nonzeros=1, start=start, support=support + 4)
     for empty in (w[:0], w[:, :0]):
         with pytest.raises(LinalgError, match=r"^w: .*is empty"):
             dense_sparse(empty, 4, nonzeros=1)

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("eckart.cli.inspect:command", "Print what each weight's spectrum says about its rank."),
     "report": ("eckart.cli.report:command", "Write what a model's spectra say as one HTML page."),
     "compare": ("eckart.cli.compare:command", "Print how two models of the same weights differ."),
+    "analyze": ("eckart.cli.analyze:command", "Look at a model with one of the published analyses."),
     "compress": ("eckart.cli.compress:command", "Make a model's weights smaller under a budget."),
     "adapt": ("eckart.cli.adapt:command", "Fine-tune a model through an adapter and save the adapter."),
     "train": ("eckart.cli.train:command", "Pre-train or fully fine-tune with less optimizer memory."),

@@ -51,6 +51,8 @@ def allocate(
     policy: Policy = "uniform",
     form: Form = "pivoted",
     minimum: int = 1,
+    maximum: int | None = None,
+    dense_from: float = 1.0,
 ) -> dict[str, int]:
     """Shares one budget: the ranks that together remove at least ``ratio`` of all parameters.
 
@@ -65,13 +67,17 @@ def allocate(
             on singular values normalised to [0, 1] by each matrix's own smallest and largest.
         form: What a rank costs, see ``num_parameters``.
         minimum: Smallest rank, at least 1.
+        maximum: Largest rank, at least ``minimum``; None for none. A matrix that wants more is cut to it, and is dense
+            only where that would store no less.
+        dense_from: A matrix that would keep this fraction of its ranks, or more, stays dense instead and pays for it.
 
     Returns:
         Rank by name; min(m, n) means dense.
 
     Raises:
-        ValueError: ratio outside (0, 1), unknown policy or form, a name twice, a spectrum that is missing or does not
-            fit, or a budget below the smallest ranks (the message names the largest feasible ratio).
+        ValueError: ratio outside (0, 1), an option out of range, unknown policy or form, a name twice, a spectrum that
+            is missing or does not fit, or a budget below the smallest ranks (the message names the largest feasible
+            ratio).
 
     Example:
         >>> import torch
@@ -87,10 +93,14 @@ def allocate(
     check_ratio(ratio)
     check_form(form)
     _check(matrices, policy, minimum)
+    if maximum is not None and maximum < minimum:
+        raise ValueError(f"maximum must be at least the minimum {minimum}, not {maximum}")
+    if not 0 < dense_from <= 1:
+        raise ValueError(f"dense_from is a fraction of the ranks, above 0 to 1, not {dense_from}")
     if not matrices:
         return {}
     total = sum(math.prod(matrix.shape) for matrix in matrices)
-    problem = _Problem(matrices, math.floor((1 - ratio) * total), form, minimum)
+    problem = _Problem(matrices, math.floor((1 - ratio) * total), form, minimum, maximum, dense_from)
     least = problem.cost(problem.least())
     if least > problem.budget:
         feasible = math.floor((1 - least / total) * 1e4) / 1e4
@@ -111,17 +121,31 @@ def allocate(
 class _Problem:
     """The matrices with their costs; policies propose wishes, it turns them into admissible ranks."""
 
-    def __init__(self, matrices: Sequence[Matrix], budget: int, form: Form, minimum: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        budget: int,
+        form: Form,
+        minimum: int,
+        maximum: int | None = None,
+        dense_from: float = 1.0,
+    ) -> None:
         self.matrices, self.budget, self.form, self.minimum = matrices, budget, form, minimum
+        self.maximum, self.dense_from = maximum, dense_from
 
     def admissible(self, wishes: Sequence[int]) -> list[int]:
-        """At least ``minimum``; dense from break-even on."""
-        ranks = []
-        for matrix, wish in zip(self.matrices, wishes, strict=True):
-            m, n = matrix.shape
-            rank = max(wish, self.minimum)
-            ranks.append(rank if rank < break_even_rank(m, n, self.form) else min(m, n))
-        return ranks
+        """From ``minimum`` to ``maximum``; dense from break-even, or ``dense_from``, on."""
+        return [self.admissible_for(matrix, wish) for matrix, wish in zip(self.matrices, wishes, strict=True)]
+
+    def admissible_for(self, matrix: Matrix, wish: int) -> int:
+        """The rank that one matrix gets for a wish; it grows with the wish."""
+        m, n = matrix.shape
+        rank = max(wish, self.minimum)
+        if self.maximum is not None:
+            rank = min(rank, self.maximum)
+        # The margin is for fractions such as 1 - 0.9, which fall short of their number of ranks by rounding.
+        stays = min(break_even_rank(m, n, self.form), self.dense_from * min(m, n) - 1e-9)
+        return rank if rank < stays else min(m, n)
 
     def least(self) -> list[int]:
         """The smallest admissible ranks."""
@@ -173,8 +197,8 @@ def _threshold(problem: _Problem) -> list[int]:
     """The most energy for the budget."""
     choices = []
     for matrix, s, least in zip(problem.matrices, problem.spectra(), problem.least(), strict=True):
-        m, n = matrix.shape
-        ranks = np.array([*range(least, break_even_rank(m, n, problem.form)), min(m, n)])
+        wishes = range(least, min(matrix.shape) + 1)
+        ranks = np.array(sorted({problem.admissible_for(matrix, wish) for wish in wishes}))
         costs = np.array([problem.cost_of(matrix, int(rank)) for rank in ranks])
         choices.append((ranks, costs, np.concatenate([[0.0], np.cumsum(s**2)])[ranks]))
     return best_ranks(choices, problem.budget)

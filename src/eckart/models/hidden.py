@@ -33,7 +33,7 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any], layer: int = -1) -
         (batch, tokens, d).
 
     Raises:
-        ValueError: There is no such layer, or no transformers model.
+        ValueError: There is no such layer, no transformers model, or one that gives no last hidden state.
 
     Example:
         >>> import torch
@@ -49,8 +49,9 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any], layer: int = -1) -
         raise ValueError(f"layer must be from 0 to {len(repeated)}, or negative from the end, not {layer}")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if layer in (-1, len(repeated)):
-        output = backbone(**inputs)
-        states: Tensor = output.last_hidden_state
+        states: Tensor | None = getattr(backbone(**inputs), "last_hidden_state", None)
+        if states is None:
+            raise ValueError(f"{type(backbone).__name__} gives no last hidden state; give its encoder or decoder alone")
         return states
     seen: list[Tensor] = []
 
