@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from .arithmetic import add, round_rank, to_lora
 from .base import STRUCTURES, Structure, structure_from_spec
+from .block_sparse_dictionary import BlockSparseDictionary
 from .dense import Dense
 from .low_rank import LowRank
+from .matrix_product_operator import MatrixProductOperator
+from .sparse_dictionary import SparseDictionary
 from .sum import Sum
 from .warnings import EckartWarning
 
 __all__ = [
     "STRUCTURES",
+    "BlockSparseDictionary",
     "Dense",
     "EckartWarning",
     "LowRank",
+    "MatrixProductOperator",
+    "SparseDictionary",
     "Structure",
     "Sum",
     "add",
