@@ -164,6 +164,42 @@ def test_bytes_and_energy_and_options_of_the_method(tiny, tmp_path, run_json):
     assert set(_modules(tmp_path / "d")) == set(names)
 
 
+def test_auto_tries_several_and_keeps_the_best(tiny, tmp_path, run, run_json):
+    out = tmp_path / "small"
+    found = run_json("compress", tiny, *QUICK, "--ratio", 0.3, "--method", "auto", "--out", out)
+    tried = [trial["perplexity"] for trial in found["tried"]["trials"] if trial["perplexity"] is not None]
+    assert len(tried) > 3
+    assert tried == sorted(tried)
+    best = found["tried"]["trials"][0]
+    assert (found["method"], found["settings"]["allocation"]) == (best["method"], best["allocation"])
+    code, shown, _ = run("compress", tiny, *QUICK, "--ratio", 0.3, "--method", "auto", "--out", out, "--force")
+    assert code == 0
+    assert "tried" in shown
+    assert "(dense)" in shown
+
+
+@pytest.mark.parametrize("train", ["factors", "sequential"])
+def test_recovery_trains_what_was_compressed(tiny, tmp_path, run_json, train):
+    options = ("compress", tiny, *QUICK, "--ratio", 0.3, "--method", "svd", "--no-eval")
+    run_json(*options, "--out", tmp_path / "as-it-is")
+    found = run_json(*options, "--recover", 4, "--recover-with", train, "--out", tmp_path / "small")
+    assert found["recovered"]["steps"] == 4
+    before, after = _state(tmp_path / "as-it-is"), _state(tmp_path / "small")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+
+
+def test_a_method_that_changes_widths(tiny, tmp_path, run_json):
+    out = tmp_path / "small"
+    found = run_json("compress", tiny, *QUICK, "--ratio", 0.3, "--method", "modegpt", "--out", out)
+    assert found["settings"]["allocation"] == "block-influence"
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["geometry"]
+    model, tokenizer = load(out)
+    assert torch.isfinite(model(**tokenizer("import os", return_tensors="pt")).logits).all()
+
+
 def test_own_calibration_text(tiny, tmp_path, run_json):
     text = tmp_path / "text.txt"
     text.write_text("A text of one's own. " * 200)
@@ -257,12 +293,18 @@ def test_layers_left_alone_are_listed(tmp_path, run):
         (("--bytes", "1GB"), "1,000,000,000 bytes cannot be reached"),
         (("--ratio", "0.2", "--rank", "4"), "give one budget, not ratio and rank"),
         (("--method", "svdllm"), "unknown method 'svdllm'; did you mean svd-llm"),
-        (("--method", "cycleqd"), "cycleqd (merging, planned) cannot compress a model; methods that can: asvd"),
+        (
+            ("--method", "cycleqd"),
+            "cycleqd (merging, planned) cannot compress a model; methods that can: afm-ctr, asvd",
+        ),
         (("--set", "mix=2"), "mix must lie in [0, 1], not 2"),
         (("--set", "mix=high"), "--set mix=high is no float"),
         (("--set", "mixture=1"), "pifa has no option mixture; it has: mix, ridge"),
         (("--set", "mix"), "--set 'mix' is not name=value"),
-        (("--allocation", "fair"), "--allocation must be one of uniform, threshold, svd-llm-v2, welore, not 'fair'"),
+        (
+            ("--allocation", "fair"),
+            "--allocation must be one of uniform, threshold, svd-llm-v2, welore, block-influence, lorap, not 'fair'",
+        ),
         (("--form", "dense"), "--form must be one of plain, pivoted, not 'dense'"),
         (("--dtype", "int8"), "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
         (("--device", "abacus"), "--device abacus is of no use here"),
@@ -274,6 +316,22 @@ def test_layers_left_alone_are_listed(tmp_path, run):
 )
 def test_a_bad_option(tiny, tmp_path, refused, options, message):
     refused("compress", tiny, "--no-eval", *QUICK, *options, "--out", tmp_path / "small", message=message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "auto", "--rank", 3), "auto chooses method and allocation itself under a ratio"),
+        (("--method", "auto", "--allocation", "welore"), "auto chooses method and allocation itself under a ratio"),
+        (("--method", "auto", "--stream"), "auto and --recover need the whole model"),
+        (("--recover", 2, "--stream"), "auto and --recover need the whole model"),
+        (("--recover", 2, "--recover-with", "luck"), "--recover-with must be one of factors, sequential, not 'luck'"),
+    ],
+)
+def test_auto_and_recovery_with_what_they_exclude(tiny, tmp_path, refused, options, message):
+    out = tmp_path / "small"
+    refused("compress", tiny, *options, "--out", out, message=message)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tiny_models
 from eckart import catalog
-from eckart.compression import compress
+from eckart.compression import LayerMethod, ModuleMethod, WeightMethod, compress
 from eckart.compression.pair import _same_weights
 from eckart.compression.svd import SVD
 from eckart.compression.svd_llm import SVDLLM
@@ -20,7 +20,10 @@ from eckart.models import calibrate, linears
 from eckart.structures import EckartWarning, LowRank, low_rank
 from model_state import assert_unchanged, snapshot
 
-METHODS = [row.name for row in catalog.select(family="compression") if row.target]
+KINDS = {row.name: row.load() for row in catalog.select(family="compression") if row.target}
+# Those that make two factors of a weight, and all that go through the model block by block.
+METHODS = [name for name, kind in KINDS.items() if issubclass(kind, WeightMethod)]
+BLOCKWISE = [name for name, kind in KINDS.items() if issubclass(kind, LayerMethod | ModuleMethod)]
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def test_a_mixture_of_dense_and_factored(model):
     assert {layer.rank for layer in result.layers} == {16}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCKWISE)
 def test_the_same_call_gives_the_same_bits(data, method):
     one, two = (tiny_models.FAMILIES["llama"]() for _ in range(2))
     torch.manual_seed(1)
@@ -188,7 +191,7 @@ def test_mode_gradients_hooks_and_ties_are_kept(data):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCKWISE)
 def test_what_is_compressed_in_inference_mode_can_be_trained(data, method):
     one, two = (tiny_models.FAMILIES["llama"]() for _ in range(2))
     with torch.inference_mode():

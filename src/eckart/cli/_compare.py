@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eckart.cli._output import console, shortened, table
 
 if TYPE_CHECKING:
+    from eckart.compression.auto import Choice
+    from eckart.compression.recover import Recovered
     from eckart.models import Result
 
 _SHOWN = 5
@@ -58,6 +60,8 @@ class Comparison:
         before: figures of the dense model; None if nothing was measured.
         after: figures of the compressed model.
         not_measured: why nothing was measured; empty if it was, or was not wanted.
+        choice: what was tried, if the method was chosen.
+        recovered: what training afterwards did, if there was any.
     """
 
     model: str
@@ -67,6 +71,8 @@ class Comparison:
     before: Figures | None = None
     after: Figures | None = None
     not_measured: str = ""
+    choice: Choice | None = None
+    recovered: Recovered | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a list of two is (before, after); null is not measured."""
@@ -83,6 +89,8 @@ class Comparison:
             "perplexity": pair("perplexity"),
             "milliseconds_per_token": pair("milliseconds_per_token"),
             "tokens_per_second": pair("tokens_per_second"),
+            "tried": self.choice.to_dict() if self.choice else None,
+            "recovered": asdict(self.recovered) if self.recovered else None,
         }
 
     def print(self) -> None:
@@ -90,7 +98,14 @@ class Comparison:
         out, result = console(), self.result
         budget = ", ".join(f"{unit} {value:g}" for unit, value in result.settings["budget"].items())
         out.print(f"{self.model}, {result.method}, {budget}\n", style="bold", markup=False, soft_wrap=True)
+        if self.choice:
+            out.print(_tried(self.choice))
+            out.print()
         out.print(self._table())
+        if self.recovered:
+            done = self.recovered
+            change = f"held-out loss {done.loss_before:.3f} to {done.loss_after:.3f} nats a token"
+            out.print(f"recovery: {done.steps} steps, {done.seconds:.0f} s, {change}", markup=False, soft_wrap=True)
         if self.not_measured:
             out.print(f"perplexity and speed not measured: {self.not_measured}", markup=False, soft_wrap=True)
         self._print_layers()
@@ -149,3 +164,15 @@ def _bytes(value: float) -> str:
 
 def _change(old: float, new: float) -> str:
     return f"{new / old - 1:+.1%}" if old and math.isfinite(new / old) else ""
+
+
+def _tried(choice: Choice) -> Any:
+    """The table that a method was chosen from, the best first."""
+    shown = table("tried", "allocation", ">perplexity", ">removed", ">seconds", "")
+    for trial in choice.trials:
+        value = f"{trial.perplexity:,.2f}" if math.isfinite(trial.perplexity) else "-"
+        removed = f"{trial.ratio:.1%}" if trial.ratio else "-"
+        reason = shortened(trial.reason)
+        shown.add_row(trial.method, trial.allocation, value, removed, f"{trial.seconds:.1f}", reason)
+    shown.add_row("(dense)", "", f"{choice.dense:,.2f}", "", "", "")
+    return shown

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from eckart.cli._options import parse_setting
 
 if TYPE_CHECKING:
-    from eckart.compression import WeightMethod
+    from eckart.compression.work import AnyMethod
 
 
-def chosen_method(name: str, settings: list[str]) -> WeightMethod:
+def chosen_method(name: str, settings: list[str]) -> AnyMethod:
     """The method ``name`` with options given as name=value.
 
     Raises:
@@ -22,13 +22,13 @@ def chosen_method(name: str, settings: list[str]) -> WeightMethod:
 
     options = dict(parse_setting(pair) for pair in settings)
     for field in fields(make_method(name, {})):
-        if field.name in options and not _fits(options[field.name], field.default):
+        if field.name in options and not fits(options[field.name], field.default):
             wanted = type(field.default).__name__
             raise ValueError(f"--set {field.name}={options[field.name]} is no {wanted}; see `eckart methods {name}`")
     return make_method(name, options)
 
 
-def _fits(value: Any, default: Any) -> bool:
+def fits(value: Any, default: Any) -> bool:
     """Whether ``value`` is of the kind of ``default``; a whole number is a fraction too, but true is no number."""
     if default is None or default is MISSING:
         return True

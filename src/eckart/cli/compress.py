@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 
-from eckart.cli._compare import Comparison, measure, weights_on_disk
+from eckart.cli._compress_job import Job, Recovery
 from eckart.cli._method import chosen_method
 from eckart.cli._options import (
     Device,
@@ -22,7 +18,6 @@ from eckart.cli._options import (
     Model,
     Quiet,
     Where,
-    load_model,
     one_of,
     parse_bytes,
     prepare,
@@ -30,14 +25,14 @@ from eckart.cli._options import (
 from eckart.cli._output import print_json, print_note
 from eckart.cli._texts import Texts
 
-if TYPE_CHECKING:
-    from eckart.compression import WeightMethod
-
 
 def command(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the compressed model to.")],
-    method: Annotated[str, typer.Option(help="See `eckart methods --family compression`.")] = "pifa",
+    method: Annotated[
+        str,
+        typer.Option(help="See `eckart methods --family compression`; auto tries several and keeps the best."),
+    ] = "pifa",
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of the selected parameters to remove, 0 to 1.  [default: 0.2]")
     ] = None,
@@ -46,8 +41,12 @@ def command(
     energy: Annotated[float | None, typer.Option(help="Share of squared singular values to keep, instead.")] = None,
     where: Where = None,
     allocation: Annotated[
-        str, typer.Option(help="How one ratio is shared: uniform, threshold, svd-llm-v2 or welore.")
-    ] = "uniform",
+        str,
+        typer.Option(
+            help="How one ratio is shared: uniform, threshold, svd-llm-v2, welore, block-influence or lorap.  "
+            "[default: the method's own]"
+        ),
+    ] = "",
     form: Annotated[
         str, typer.Option(help="pivoted (fewer numbers at the same rank) or plain (two factors).")
     ] = "pivoted",
@@ -68,6 +67,13 @@ def command(
     measured: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Measure perplexity and speed before and after.")
     ] = True,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Then train the small weights for so many steps on the calibration text.")
+    ] = 0,
+    recover_with: Annotated[
+        str, typer.Option(help="What recovery trains: factors, or sequential (one factor after the other).")
+    ] = "factors",
+    recover_rate: Annotated[float, typer.Option(help="Peak learning rate of recovery.")] = 2e-4,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read, compress and write block by block; for models larger than memory.")
     ] = False,
@@ -80,22 +86,31 @@ def command(
     """Make a model's weights smaller under a budget, show what that cost and gained, and save it."""
     prepare(dtype, device)
     from eckart.compression import Budget
-    from eckart.linalg.allocate import Policy
+    from eckart.compression.policies import Policy
+    from eckart.compression.recover import Train
+    from eckart.compression.work import needs_data
     from eckart.linalg.rank import Form
     from eckart.models import check_target, resolve
 
     # Everything that can be wrong with the request is found before a model is loaded.
     budget = Budget.of(ratio=ratio, rank=rank, bytes=parse_bytes(size) if size else None, energy=energy)
-    one_of("--allocation", allocation, get_args(Policy))
+    if allocation:
+        one_of("--allocation", allocation, get_args(Policy))
     one_of("--form", form, get_args(Form))
-    chosen = chosen_method(method, option or [])
+    automatic = method == "auto"
+    if automatic and (option or allocation or budget.unit != "ratio"):
+        raise ValueError("--method auto chooses method and allocation itself under a ratio; leave out the rest")
+    chosen = None if automatic else chosen_method(method, option or [])
+    if stream and (automatic or recover):
+        raise ValueError("--stream holds a few blocks at a time; auto and --recover need the whole model")
+    one_of("--recover-with", recover_with, get_args(Train))
     if stream and (dtype != "auto" or device != "cpu"):
         raise ValueError("--stream works on the CPU in the checkpoint's own type; leave out --dtype and --device")
     check_target(out, force=force)
     texts = Texts(data, eval_data, field, samples, length, batch_size)
     texts.check()
-    needs_text = chosen.gathers or (chosen.surveys if budget.needs_spectra(cast(Policy, allocation)) else ())
-    job = _Job(
+    policy = cast(Policy | None, allocation or None)
+    job = Job(
         model=model,
         source=resolve(model),
         out=out,
@@ -104,110 +119,15 @@ def command(
         settings={
             budget.unit: budget.value,
             "where": where[0] if where and len(where) == 1 else where or None,
-            "allocation": allocation,
+            "allocation": policy,
             "form": form,
             "progress": not quiet,
         },
         texts=texts,
-        needs_text=bool(needs_text),
+        needs_text=bool(recover) or chosen is None or needs_data(chosen, budget, policy),
+        recovery=Recovery(recover, cast(Train, recover_with), recover_rate) if recover else None,
     )
     comparison = job.streamed() if stream else job.in_memory(dtype, device, measured=measured)
     print_json(comparison.to_dict()) if as_json else comparison.print()
     for message in comparison.result.warnings:
         print_note("warning", message)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A request that has been checked.
-
-    Attributes:
-        model: what the user called the model.
-        source: its directory.
-        out: directory to write.
-        force: whether ``out`` may be replaced.
-        method: how to compress.
-        settings: everything else that `eckart.compress` takes.
-        texts: what to calibrate on and to judge by.
-        needs_text: whether there is anything to calibrate.
-    """
-
-    model: str
-    source: Path
-    out: Path
-    force: bool
-    method: WeightMethod
-    settings: dict[str, Any]
-    texts: Texts
-    needs_text: bool
-
-    def in_memory(self, dtype: str, device: str, *, measured: bool) -> Comparison:
-        """Load, compress, save; with figures before and after if they are wanted and the model has them."""
-        from eckart.compression import compress
-        from eckart.models import save
-        from eckart.models.progress import waiting
-
-        progress = self.settings["progress"]
-        on_disk = weights_on_disk(self.source)
-        model, tokenizer = load_model(self.source, dtype, device, progress=progress)
-        _check(model, self.settings["where"])
-        data = self.texts.to_calibrate(self.model, model.config, tokenizer) if self.needs_text else []
-        reason = _why_not(model, tokenizer) if measured else ""
-        held_out = self.texts.to_judge(model.config, tokenizer) if measured and not reason else []
-        before = measure(model, held_out, progress=progress) if held_out else None
-        with _kept_for_the_end():
-            result = compress(model, self.method, data=data, **self.settings)
-        after = measure(model, held_out, progress=progress) if held_out else None
-        with waiting("saving", enabled=progress):
-            save(model, self.out, tokenizer, force=self.force)
-        return Comparison(
-            self.model, self.out, result, (on_disk, weights_on_disk(self.out)), before, after, not_measured=reason
-        )
-
-    def streamed(self) -> Comparison:
-        """Compress from disk to disk."""
-        from transformers import AutoConfig
-
-        from eckart.compression import compress_checkpoint
-        from eckart.models import load_tokenizer
-
-        on_disk = weights_on_disk(self.source)
-        tokenizer = load_tokenizer(self.source)
-        config = AutoConfig.from_pretrained(self.source)
-        data = self.texts.to_calibrate(self.model, config, tokenizer) if self.needs_text else []
-        with _kept_for_the_end():
-            result = compress_checkpoint(
-                self.source, self.out, self.method, data=data, tokenizer=tokenizer, force=self.force, **self.settings
-            )
-        reason = f"the model was streamed; try: eckart eval {self.out}"
-        return Comparison(self.model, self.out, result, (on_disk, weights_on_disk(self.out)), not_measured=reason)
-
-
-def _check(model: Any, where: Any) -> None:
-    """Find out, before anything is measured for it, whether the model can be compressed at all."""
-    from eckart.compression.checks import check_untouched, inside_blocks
-    from eckart.models import blocks, linears
-    from eckart.models.finite import check_finite
-
-    check_untouched(model)
-    inside_blocks(linears(model, where), blocks(model))
-    check_finite(model)
-
-
-def _why_not(model: Any, tokenizer: Any) -> str:
-    """Why perplexity cannot be measured; empty if it can."""
-    from eckart.models.evaluate import is_causal
-
-    if tokenizer is None:
-        return "the model has no tokenizer"
-    return "" if is_causal(model) else f"{type(model).__name__} is no causal language model"
-
-
-@contextlib.contextmanager
-def _kept_for_the_end() -> Iterator[None]:
-    """The result carries every warning, and they are printed once, below the table."""
-    from eckart.structures import EckartWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EckartWarning)
-        yield

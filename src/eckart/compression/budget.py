@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from ..linalg.allocate import Matrix, Policy, allocate
-from ..linalg.rank import Form, break_even_rank, energy_rank, num_parameters
+from ..linalg.allocate import Matrix, allocate
+from ..linalg.allocate import Policy as SpectralPolicy
+from ..linalg.rank import Form, break_even_rank, energy_rank, num_parameters, rank_for_parameters
 from ..models.topology import kinds_of
+from .policies import Policy, is_spectral
 
 __all__ = ["Budget", "kinds_of"]
 
@@ -67,7 +69,24 @@ class Budget:
 
     def needs_spectra(self, policy: Policy) -> bool:
         """Whether ranks depend on the singular values of all matrices."""
-        return self.unit == "energy" or (self.unit in ("ratio", "bytes") and policy != "uniform")
+        return self.unit == "energy" or (self.is_shared and policy != "uniform" and is_spectral(policy))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is one amount for all matrices together, for a policy to share."""
+        return self.unit in ("ratio", "bytes")
+
+    def as_ratio(
+        self, shapes: Mapping[str, tuple[int, int]], form: Form, model_bytes: int, bytes_per_parameter: float
+    ) -> float:
+        """The fraction of the selected parameters that it removes.
+
+        Raises:
+            ValueError: it is a rank or an energy, or bytes that cannot be reached.
+        """
+        if not self.is_shared:
+            raise ValueError(f"a budget in {self.unit} says nothing here; give a ratio or bytes")
+        return self.value if self.unit == "ratio" else self._ratio(shapes, form, model_bytes, bytes_per_parameter)
 
     def ranks(
         self,
@@ -77,6 +96,8 @@ class Budget:
         form: Form,
         spectra: Mapping[str, torch.Tensor] | None = None,
         kinds: Mapping[str, str] | None = None,
+        shares: Mapping[str, float] | None = None,
+        limits: Mapping[str, Any] | None = None,
         model_bytes: int = 0,
         bytes_per_parameter: float = 4.0,
     ) -> dict[str, int]:
@@ -89,6 +110,8 @@ class Budget:
             spectra: name -> singular values, where `needs_spectra`.
             kinds: name -> type of the matrix (all query projections, say), for policies that share
                 within a type.
+            shares: name -> fraction of it to remove, under a policy that looks at no spectrum.
+            limits: what a method allows of ranks, as keywords of `eckart.linalg.allocate`.
             model_bytes: size of the whole model now, for the unit bytes.
             bytes_per_parameter: size of one selected weight, for the unit bytes.
 
@@ -103,7 +126,10 @@ class Budget:
                 name: _or_dense(max(1, int(energy_rank(spectra[name], self.value))), shape, form)
                 for name, shape in shapes.items()
             }
-        ratio = self.value if self.unit == "ratio" else self._ratio(shapes, form, model_bytes, bytes_per_parameter)
+        ratio = self.as_ratio(shapes, form, model_bytes, bytes_per_parameter)
+        if not is_spectral(policy):
+            assert shares is not None
+            return {name: _keeping(1 - shares[name], shape, form) for name, shape in shapes.items()}
         matrices = [
             Matrix(
                 name=name,
@@ -114,7 +140,7 @@ class Budget:
             for name, shape in shapes.items()
         ]
         try:
-            return allocate(matrices, ratio, policy=policy, form=form)
+            return allocate(matrices, ratio, policy=cast(SpectralPolicy, policy), form=form, **(limits or {}))
         except ValueError as error:
             if self.unit == "ratio":
                 raise
@@ -139,3 +165,9 @@ class Budget:
 def _or_dense(rank: int, shape: tuple[int, int], form: Form) -> int:
     m, n = shape
     return rank if rank < break_even_rank(m, n, form) and num_parameters(m, n, rank, form) < m * n else min(m, n)
+
+
+def _keeping(fraction: float, shape: tuple[int, int], form: Form) -> int:
+    """The largest rank that stores at most this fraction of a matrix; dense if that is all of it."""
+    m, n = shape
+    return _or_dense(max(1, rank_for_parameters(m, n, math.floor(fraction * m * n), form)), shape, form)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..models.calibrate import Statistics
+from ..models.geometry import geometries
 from ..models.quantizer import METHOD, specs
 from ..models.result import Result
 from ..models.select import LinearRef, Selection, Skipped
@@ -21,7 +22,7 @@ def check_untouched(model: nn.Module) -> None:
     Raises:
         ValueError: saying with what.
     """
-    if specs(model):
+    if specs(model) or geometries(model):
         raise ValueError(
             "the checkpoint is compressed by Eckart already; start from the dense one, "
             "or turn this one dense first with `eckart export`"
@@ -66,21 +67,28 @@ def check_statistics(given: Mapping[str, Statistics], members: list[LinearRef], 
                 raise ValueError(f"the statistics of {ref.name} have no {need!r}; calibrate with needs={sorted(needs)}")
 
 
-def check_promises(result: Result, selected: int) -> None:
-    """Raise unless every selected layer was handled and the model became smaller.
+def check_promises(result: Result, *, biases: int = 0, whole: bool = False) -> None:
+    """Raise unless the model became smaller, by what its selected weights lost.
+
+    Args:
+        result: what was done.
+        biases: numbers that went with biases.
+        whole: whether the method worked on the model as a whole, which may have other layers afterwards.
 
     Raises:
         RuntimeError: saying what was broken; the model must not be used.
     """
-    if len(result.layers) != selected:
-        raise RuntimeError(f"{selected - len(result.layers)} selected layers were not visited")
-    factored = [layer for layer in result.layers if layer.form != "dense"]
+    changed = [layer for layer in result.layers if layer.form != "dense"]
     before, after = result.selected_parameters
-    if factored and not after < before:
+    if changed and not after < before:
         raise RuntimeError(f"the selected weights hold {after:,} numbers, no fewer than the {before:,} before")
     (p0, p1) = result.parameters
-    if p0 - p1 != before - after:
-        raise RuntimeError(f"the model lost {p0 - p1:,} numbers, its selected weights {before - after:,}: a tie broke")
+    if whole:
+        if changed and not p1 < p0:
+            raise RuntimeError(f"the model holds {p1:,} numbers, no fewer than the {p0:,} before")
+    elif p0 - p1 != before - after + biases:
+        lost = before - after + biases
+        raise RuntimeError(f"the model lost {p0 - p1:,} numbers, its selected weights {lost:,}: a tie broke")
 
 
 def describe(skipped: Skipped) -> str:

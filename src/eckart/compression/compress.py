@@ -13,31 +13,29 @@ import torch
 from torch import nn
 
 from .. import catalog
-from ..linalg.allocate import Policy
 from ..linalg.rank import Form
-from ..models.batches import as_batches, text_batches
-from ..models.calibrate import SEQUENTIAL, Statistics, calibrate
+from ..models.calibrate import Statistics
 from ..models.evaluate import model_bytes, num_parameters, peak_memory
 from ..models.finite import check_finite
 from ..models.groups import evaluating
 from ..models.quantizer import mark
-from ..models.replay import Batch
 from ..models.result import Result
 from ..models.select import Where, linears
-from ..models.topology import blocks
 from ..options import make
 from ..structures import EckartWarning
 from .budget import Budget
-from .checks import check_promises, check_statistics, check_untouched, describe, inside_blocks
-from .contract import WeightMethod
-from .runner import InMemory, Plan, Walk, Weights
+from .checks import check_promises, check_untouched, describe
+from .contract import LayerMethod, ModelMethod, ModuleMethod
+from .policies import Policy
+from .runner import Weights
+from .work import AnyMethod, Request, policy_of, prepare
 
-__all__ = ["compress", "make_method"]
+__all__ = ["compress", "make_method", "name_of"]
 
 
 def compress(
     model: nn.Module,
-    method: str | WeightMethod = "pifa",
+    method: str | AnyMethod = "pifa",
     *,
     ratio: float | None = None,
     rank: int | None = None,
@@ -47,7 +45,7 @@ def compress(
     tokenizer: Any = None,
     statistics: Mapping[str, Statistics] | None = None,
     where: Where | None = None,
-    allocation: Policy = "uniform",
+    allocation: Policy | None = None,
     form: Form = "pivoted",
     progress: bool = True,
     weights: Weights | None = None,
@@ -70,7 +68,8 @@ def compress(
         statistics: what `eckart.calibrate` gathered on the dense model, to compress it several times with one
             calibration; not enough for methods that look at the compressed model too.
         where: which linears, as in `eckart.models.linears`; default all inside the repeated blocks.
-        allocation: how one ratio is shared: "uniform", "threshold", "svd-llm-v2", "welore".
+        allocation: how one ratio is shared: "uniform", "threshold", "svd-llm-v2", "welore", "block-influence",
+            "lorap"; default the method's own.
         form: "pivoted" (fewer numbers at the same rank, lossless) or "plain" (two factors).
         progress: show bars with the time left.
         weights: where the blocks' weights are, for models that do not fit (`eckart.compression.stream`).
@@ -99,39 +98,30 @@ def compress(
     start = time.perf_counter()
     chosen = make_method(method, options)
     budget = Budget.of(ratio=ratio, rank=rank, bytes=bytes, energy=energy)
-    for value, allowed, name in ((allocation, Policy, "allocation"), (form, Form, "form")):
+    policy = policy_of(chosen, allocation)
+    for value, allowed, name in ((policy, Policy, "allocation"), (form, Form, "form")):
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {value!r}")
     check_untouched(model)
-    repeated = blocks(model)
-    selection = inside_blocks(linears(model, where), repeated)
-    members = selection.linears
+    name = name_of(chosen)
+    request = Request(
+        name, chosen, budget, policy, form, where, data, tokenizer, dict(statistics or {}), weights, progress
+    )
+    if isinstance(chosen, LayerMethod | ModuleMethod) or chosen.on_linears:
+        linears(model, where)  # its message about a wrong `where` comes before that about NaN
     check_finite(model)
-    surveys = chosen.surveys if budget.needs_spectra(allocation) else frozenset()
-    given = dict(statistics or {})
-    if given:
-        check_statistics(given, members, (chosen.gathers | surveys) - SEQUENTIAL)
-    batches = [] if given and not chosen.sequential else _batches(chosen, surveys, data, tokenizer)
-    gradients = "fisher" in chosen.gathers
-    if gradients and weights is not None:
-        raise ValueError(f"{_name_of(chosen)} needs gradients of the whole model; it cannot be streamed")
-
     parameters, size = num_parameters(model), model_bytes(model)
-    selected = sum(ref.in_features * ref.out_features for ref in members)
-    if gradients and not given:
-        given = calibrate(model, batches, chosen.gathers, where=where, progress=progress)
+    with torch.inference_mode(False):  # the parts of a model are found by gradients
+        work = prepare(model, request)
     settings: dict[str, Any] = {
         # This goes into config.json, so an option that JSON does not know is put in words.
         "options": json.loads(json.dumps(asdict(chosen), default=repr)),
         "budget": {budget.unit: budget.value},
-        "allocation": allocation,
+        "allocation": policy,
         "form": form,
         "where": _in_words(where),
     }
-    entry = {"verb": "compress", "method": _name_of(chosen), **settings}
-    plan = Plan(chosen, budget, allocation, form, members, size)
-    workers = 1 if weights else None  # from disk, memory is what is short: one matrix at a time
-    walk = Walk(plan, model, repeated, batches, weights or InMemory(), given, progress, workers)
+    entry = {"verb": "compress", "method": name, **settings}
     try:
         # Factors made in inference mode could never be trained.
         with (
@@ -141,41 +131,44 @@ def compress(
             torch.no_grad(),
         ):
             warnings.simplefilter("always", EckartWarning)
-            walk.run()
+            work.run()
     except BaseException:
         # What was replaced by then is sound, and whoever saves it must get what is needed to load it.
         _record(model, {**entry, "interrupted": True})
         raise
+    own = []
     for warning in caught:
-        # What single layers have to say is said below, with their names.
-        if not issubclass(warning.category, EckartWarning):
+        if isinstance(chosen, LayerMethod) and issubclass(warning.category, EckartWarning):
+            continue  # what single layers have to say is said below, with their names
+        if issubclass(warning.category, EckartWarning):
+            own.append(str(warning.message))
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
-    layers = [walk.layers[ref.name] for ref in members if ref.name in walk.layers]
-    kept = sum(layer.parameters for layer in layers)
+    layers = list(work.layers.values())
     result = Result(
         verb="compress",
-        method=_name_of(chosen),
+        method=name,
         settings=settings,
-        parameters=(parameters, num_parameters(model)),
-        selected_parameters=(selected, kept),
-        bytes=(size, model_bytes(model)),
+        parameters=(parameters, num_parameters(work.model)),
+        selected_parameters=(work.selected, sum(layer.parameters for layer in layers)),
+        bytes=(size, model_bytes(work.model)),
         layers=layers,
-        error_of="output" if chosen.gathers & {"gram", "compressed_gram"} else "weight",
+        error_of="output" if chosen_gathers(chosen) & {"gram", "compressed_gram"} else "weight",
         seconds=time.perf_counter() - start,
         peak_memory=peak_memory(),
-        warnings=_messages(walk),
-        skipped=[describe(entry) for entry in selection.skipped],
-        model=model,
+        warnings=[*dict.fromkeys(own), *work.messages()],
+        skipped=[describe(entry) for entry in work.skipped],
+        model=work.model,
     )
-    check_promises(result, len(members))
-    _record(model, {**entry, "ratio": result.ratio})
+    check_promises(result, biases=work.biases, whole=isinstance(chosen, ModelMethod))
+    _record(work.model, {**entry, "ratio": result.ratio})
     for message in result.warnings:
         warnings.warn(message, EckartWarning, stacklevel=2)
     return result
 
 
-def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMethod:
+def make_method(method: str | AnyMethod, options: dict[str, Any]) -> AnyMethod:
     """A method with its options, from its catalog name or as it is.
 
     Raises:
@@ -190,24 +183,19 @@ def make_method(method: str | WeightMethod, options: dict[str, Any]) -> WeightMe
     if row.family != "compression" or row.target is None:
         known = ", ".join(r.name for r in catalog.select(family="compression") if r.target)
         raise ValueError(f"{method} ({row.family}, {row.status}) cannot compress a model; methods that can: {known}")
-    made: WeightMethod = make(row, options)
+    made: AnyMethod = make(row, options)
     return made
 
 
-def _name_of(method: WeightMethod) -> str:
+def name_of(method: AnyMethod) -> str:
+    """What the catalog calls a method, or where its class is."""
     return catalog.name_of(type(method)) or f"{type(method).__module__}:{type(method).__name__}"
 
 
-def _batches(method: WeightMethod, surveys: frozenset[str], data: Iterable[Any] | None, tokenizer: Any) -> list[Batch]:
-    if not method.gathers | surveys:
-        return []
-    if data is not None:
-        return as_batches(data)
-    if tokenizer is None:
-        raise ValueError(
-            f"{_name_of(method)} needs calibration data: give data=batches, or tokenizer= for a default text"
-        )
-    return text_batches(tokenizer)
+def chosen_gathers(method: AnyMethod) -> frozenset[str]:
+    """The statistics that a method asks for, whatever its scope."""
+    found: frozenset[str] = getattr(method, "gathers", getattr(method, "needs", frozenset()))
+    return found
 
 
 def _record(model: nn.Module, entry: dict[str, Any]) -> None:
@@ -221,19 +209,3 @@ def _in_words(where: Where | None) -> Any:
     if where is None or isinstance(where, str):
         return where
     return getattr(where, "__qualname__", repr(where)) if callable(where) else [_in_words(item) for item in where]
-
-
-def _messages(walk: Walk) -> list[str]:
-    """What the user did not ask for: layers that stay dense, saw no data, or are stored in the other form."""
-    messages = []
-    dense = [layer.name for layer in walk.layers.values() if layer.form == "dense" and layer.name not in walk.unreached]
-    other = [layer.name for layer in walk.layers.values() if layer.form not in ("dense", walk.plan.form)]
-    for names, reason in (
-        (walk.unreached, "saw no calibration token and stay dense"),
-        (dense, "stay dense: the chosen rank would not make them smaller"),
-        (other, "are stored as plain factors of a lower rank: rounding would cost the pivoted form more"),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            messages.append(f"{', '.join(names[:3])}{more} {reason}")
-    return messages

@@ -9,10 +9,10 @@ from ..linalg.rank import Form
 from ..models.calibrate import Statistics
 from ..models.result import LayerResult
 from ..models.select import LinearRef
-from ..structures import LowRank
-from .contract import Factors, WeightMethod
+from ..structures import LowRank, Structure
+from .contract import Factors, LayerMethod, StructureMethod, WeightMethod
 
-__all__ = ["factored", "left_dense"]
+__all__ = ["compressed", "left_dense", "relative_error"]
 
 
 def left_dense(ref: LinearRef) -> LayerResult:
@@ -21,16 +21,54 @@ def left_dense(ref: LinearRef) -> LayerResult:
     return LayerResult(ref.name, ref.shape, min(m, n), "dense", m * n, 0.0)
 
 
-def factored(
+def compressed(
+    ref: LinearRef, method: LayerMethod, statistics: Statistics, rank: int, form: Form
+) -> tuple[Structure | None, LayerResult]:
+    """What takes the place of one linear, with as many numbers as factors of this rank would have; None: it stays.
+
+    Raises:
+        LinalgError: naming the layer, if its factorisation failed.
+    """
+    if isinstance(method, StructureMethod):
+        return _built(ref, method, statistics, num_parameters(*ref.shape, rank, form))
+    assert isinstance(method, WeightMethod)
+    return _factored(ref, method, statistics, rank, form)
+
+
+def _built(
+    ref: LinearRef, method: StructureMethod, statistics: Statistics, parameters: int
+) -> tuple[Structure | None, LayerResult]:
+    weight = ref.weight.detach()
+    try:
+        structure = method.build(weight, statistics, parameters)
+    except LinalgError as failure:
+        raise LinalgError(f"{ref.name}: {failure}") from failure
+    if structure is None:
+        return None, left_dense(ref)
+    structure.to(weight.dtype)
+    if not all(all_finite(p) for p in structure.parameters()):
+        raise LinalgError(f"{ref.name}: the factors do not fit in {weight.dtype}; compress in float32")
+    stored = structure.nbytes() / weight.element_size()
+    if stored > parameters:
+        raise RuntimeError(
+            f"{ref.name}: {type(method).__name__} stored {stored:,.0f} numbers of at most {parameters:,}"
+        )
+    shift = None if structure.bias is None else structure.bias.detach()
+    error = relative_error(weight, structure.dense(), statistics, shift)
+    numbers = structure.num_parameters()
+    if ref.bias is not None:
+        numbers -= 0 if shift is None else shift.numel()  # merged with the one that is there
+        structure.bias = torch.nn.Parameter(ref.bias.detach() + (0 if shift is None else shift))
+    return structure, LayerResult(ref.name, ref.shape, min(ref.shape), structure.type_name, numbers, error)
+
+
+def _factored(
     ref: LinearRef, method: WeightMethod, statistics: Statistics, rank: int, form: Form
 ) -> tuple[LowRank, LayerResult]:
     """Factorise one linear and store it in the wanted form.
 
     Where the pivoted form would lose more to rounding than truncation did, `LowRank.from_factors` falls
     back to plain factors, which cost more numbers: the rank is then lowered to stay within the budget.
-
-    Raises:
-        LinalgError: naming the layer, if its factorisation failed.
     """
     weight = ref.weight.detach()
     try:
@@ -46,7 +84,7 @@ def factored(
     if not all(all_finite(p) for p in structure.parameters()):
         raise LinalgError(f"{ref.name}: the factors do not fit in {weight.dtype}; compress in float32")
     parameters = structure.num_parameters() - (0 if ref.bias is None else ref.out_features)
-    error = _relative_error(weight, factors, statistics)
+    error = relative_error(weight, factors.up.float() @ factors.down.float(), statistics)
     return structure, LayerResult(ref.name, ref.shape, structure.rank, structure.form, parameters, error)
 
 
@@ -62,11 +100,16 @@ def _stored(ref: LinearRef, weight: torch.Tensor, factors: Factors, form: Form) 
     )
 
 
-def _relative_error(weight: torch.Tensor, factors: Factors, statistics: Statistics) -> float:
-    """sqrt(tr(E G E^T) / tr(W G W^T)), E = W - B; of the weight itself without a Gram matrix."""
+def relative_error(
+    weight: torch.Tensor, approximation: torch.Tensor, statistics: Statistics, shift: torch.Tensor | None = None
+) -> float:
+    """sqrt(sum |E x - s|^2 / tr(W G W^T)), E = W - B, s the bias that B adds; of the weight itself without a Gram."""
     gram = statistics.gram if statistics.gram is not None else statistics.compressed_gram
     dense = weight.float()
-    lost = dense - (factors.up.float() @ factors.down.float())
+    lost = dense - approximation.float()
     size = (lambda a: float(a.norm())) if gram is None else (lambda a: weighted_norm(a, gram))
-    whole = size(dense)
-    return size(lost) / whole if whole else 0.0
+    whole, squared = size(dense), size(lost) ** 2
+    if shift is not None and gram is not None and statistics.mean is not None:
+        moved = shift.double() - 2 * lost.double() @ statistics.mean.to(shift.device)
+        squared += statistics.count * float(shift.double() @ moved)
+    return max(0.0, squared) ** 0.5 / whole if whole else 0.0

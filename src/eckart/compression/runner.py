@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from ..linalg.allocate import Policy
 from ..linalg.rank import Form
 from ..models.calibrate import Statistics, collect, members_of
 from ..models.memory import release_memory
@@ -18,13 +17,14 @@ from ..models.progress import track
 from ..models.replace import replace
 from ..models.replay import Batch, Hidden, Replay
 from ..models.result import LayerResult
-from ..models.select import LinearRef
+from ..models.select import LinearRef, Skipped
 from ..models.topology import Block
-from ..structures import LowRank
+from ..structures import Structure
 from .budget import Budget, kinds_of
-from .contract import WeightMethod
-from .layer import factored, left_dense
+from .contract import LayerMethod, WeightMethod
+from .layer import compressed, left_dense
 from .pair import Pair
+from .policies import Policy
 
 __all__ = ["Plan", "Walk", "Weights"]
 
@@ -56,14 +56,16 @@ class Plan:
         form: how factors are stored.
         members: the selected linears.
         model_bytes: size of the whole model now.
+        shares: fraction of each linear to remove, under a policy that looks at no spectrum.
     """
 
-    method: WeightMethod
+    method: LayerMethod
     budget: Budget
     policy: Policy
     form: Form
     members: Sequence[LinearRef]
     model_bytes: int
+    shares: Mapping[str, float] | None = None
 
 
 @dataclass
@@ -79,8 +81,9 @@ class Walk:
         given: statistics gathered beforehand for the whole model (gradients), by linear.
         progress: show bars.
         workers: threads that factorise side by side; default torch's.
-        layers: what was done, in the model's order.
+        layers: what was done, in the model's order at the end.
         unreached: selected linears that saw no calibration token.
+        skipped: linears that are left alone, with the reason.
     """
 
     plan: Plan
@@ -93,6 +96,13 @@ class Walk:
     workers: int | None = None
     layers: dict[str, LayerResult] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    biases: int = 0  # they stay
+
+    @property
+    def selected(self) -> int:
+        """Numbers in the selected weights before."""
+        return sum(ref.in_features * ref.out_features for ref in self.plan.members)
 
     def run(self) -> None:
         """Choose the ranks, then factorise and replace every selected linear."""
@@ -104,6 +114,8 @@ class Walk:
             form=plan.form,
             spectra=survey,
             kinds=kinds_of([ref.name for ref in plan.members]),
+            shares=plan.shares,
+            limits=plan.method.limits,
             model_bytes=plan.model_bytes,
             bytes_per_parameter=plan.members[0].dtype.itemsize,
         )
@@ -111,6 +123,10 @@ class Walk:
             self._compensating(ranks)
         else:
             self._independent(ranks)
+        missing = [ref.name for ref in plan.members if ref.name not in self.layers]
+        if missing:
+            raise RuntimeError(f"{len(missing)} selected layers were not visited, such as {missing[0]}")
+        self.layers = {ref.name: self.layers[ref.name] for ref in plan.members}
 
     def _survey(self) -> dict[str, torch.Tensor]:
         """Spectra of all selected weights under the method's own measure, from the dense model."""
@@ -173,12 +189,12 @@ class Walk:
     ) -> None:
         """Factorise these linears side by side and put the factors in their places."""
 
-        def fit(ref: LinearRef) -> tuple[LowRank | None, LayerResult]:
+        def fit(ref: LinearRef) -> tuple[Structure | None, LayerResult]:
             known = statistics.get(ref.name)
             rank = ranks[ref.name]
             if known is None or rank >= min(ref.shape):
                 return None, left_dense(ref)
-            return factored(ref, self.plan.method, known, rank, self.plan.form)
+            return compressed(ref, self.plan.method, known, rank, self.plan.form)
 
         for ref, (structure, layer) in zip(
             members, parallel_map(fit, members, cost=_cost, workers=self.workers), strict=True
@@ -188,6 +204,23 @@ class Walk:
             if structure is not None:
                 replace(self.model, ref.name, structure)
             self.layers[ref.name] = layer
+
+    def messages(self) -> list[str]:
+        """What the user did not ask for: layers that stay dense, saw no data, or are stored in the other form."""
+        layers = self.layers.values()
+        dense = [layer.name for layer in layers if layer.form == "dense" and layer.name not in self.unreached]
+        factored = isinstance(self.plan.method, WeightMethod)
+        other = [layer.name for layer in layers if factored and layer.form not in ("dense", self.plan.form)]
+        found = []
+        for names, reason in (
+            (self.unreached, "saw no calibration token and stay dense"),
+            (dense, "stay dense: the chosen rank would not make them smaller"),
+            (other, "are stored as plain factors of a lower rank: rounding would cost the pivoted form more"),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                found.append(f"{', '.join(names[:3])}{more} {reason}")
+        return found
 
 
 def _by_input(members: Sequence[LinearRef], statistics: Mapping[str, Statistics]) -> list[list[LinearRef]]:

@@ -10,7 +10,7 @@ from ..models.files import atomic_directory, check_target
 from ..models.result import Result
 from ..models.stream import StreamedModel
 from .compress import compress
-from .contract import WeightMethod
+from .work import AnyMethod
 
 __all__ = ["compress_checkpoint"]
 
@@ -18,7 +18,7 @@ __all__ = ["compress_checkpoint"]
 def compress_checkpoint(
     source: str | Path,
     out: str | Path,
-    method: str | WeightMethod = "pifa",
+    method: str | AnyMethod = "pifa",
     *,
     data: Iterable[Any] | None = None,
     tokenizer: Any = None,

@@ -29,10 +29,10 @@ from .topology import Block, InputTracker, block_of, blocks
 __all__ = ["NEEDS", "SEQUENTIAL", "Statistics", "calibrate", "collect", "input_order", "members_of", "rows_of", "watch"]
 
 #: What a method may ask for.
-#: gram, absmean, absmax, mean: of the inputs x in the model as it is. fisher: squared gradients.
+#: gram, absmean, absmax, mean, meansquare: of the inputs x in the model as it is. fisher: squared gradients.
 #: compressed_gram, cross_gram: of the inputs x' that reach a layer when those before it are compressed.
 NEEDS = frozenset(
-    {"gram", "absmean", "absmax", "mean", "fisher", "compressed_gram", "cross_gram"},
+    {"gram", "absmean", "absmax", "mean", "meansquare", "fisher", "compressed_gram", "cross_gram"},
 )
 
 #: Those that exist only while a model is being compressed.
@@ -49,6 +49,7 @@ class Statistics:
         absmean: (n,) float64, mean of |x|.
         absmax: (n,) float64, maximum of |x|.
         mean: (n,) float64, mean of x.
+        meansquare: (n,) float64, mean of x^2.
         fisher: (n,) float64, squared gradients of each sequence, summed over outputs and sequences; it
             belongs to one weight, not to an input.
         compressed_gram: (n, n) float64, sum of x' x'^T.
@@ -60,6 +61,7 @@ class Statistics:
     absmean: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+    meansquare: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     compressed_gram: torch.Tensor | None = None
     cross_gram: torch.Tensor | None = None
@@ -83,6 +85,8 @@ class Statistics:
             self.absmean = _add(self.absmean, x.abs().sum(0))
         if "mean" in needs:
             self.mean = _add(self.mean, x.sum(0))
+        if "meansquare" in needs:
+            self.meansquare = _add(self.meansquare, x.double().square().sum(0))
         if "absmax" in needs and x.shape[0]:
             largest = x.abs().amax(0).double()
             self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
@@ -91,7 +95,7 @@ class Statistics:
         """Turn sums into means and fill the lower triangle of the Gram matrix; call once."""
         if self.gram is not None:
             symmetrize(self.gram)
-        for name in ("absmean", "mean"):
+        for name in ("absmean", "mean", "meansquare"):
             total = getattr(self, name)
             if total is not None:
                 setattr(self, name, total / max(self.count, 1))

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..structures import Structure
+from ..structures.conv_chain import ConvChain
 from .checkpoint import load
 from .files import atomic_directory, check_target
+from .geometry import geometries
 from .kinds import linear_kind
 from .quantizer import specs
 from .replace import swap
@@ -48,7 +50,7 @@ def export_dense(
     Raises:
         FileExistsError: as for :func:`~eckart.models.save`.
         CheckpointError: as for :func:`~eckart.models.save`.
-        ValueError: a layer has a shape or a bias for which the model's class has no place.
+        ValueError: a layer has a shape or a bias for which the model's class has no place, or a geometry.
     """
     target = check_target(path, force=force)
     if isinstance(model_or_path, PreTrainedModel):
@@ -106,13 +108,22 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton
 
 
-def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple[Structure, Any]]:
+def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple[Structure | ConvChain, Any]]:
     """Pair every structure with the dense layer of its class, or refuse what does not fit, before work is done."""
-    pairs: dict[str, tuple[Structure, Any]] = {}
+    changed = next(iter(geometries(model)), None)
+    if changed is not None:
+        raise ValueError(
+            f"{changed} has another shape than its configuration says, so the model has no dense form of its class; "
+            "keep it as Eckart saves it, or export the one that it was made of"
+        )
+    pairs: dict[str, tuple[Structure | ConvChain, Any]] = {}
     for name in specs(model):
         structure = model.get_submodule(name)
-        assert isinstance(structure, Structure)
         layer: Any = skeleton.get_submodule(name)
+        if isinstance(structure, ConvChain):
+            pairs[name] = structure, layer
+            continue
+        assert isinstance(structure, Structure)
         kind = linear_kind(layer)
         if kind is None:
             raise ValueError(f"{name} is a {type(layer).__name__} in the dense model, not a linear layer")
@@ -128,11 +139,11 @@ def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple
     return pairs
 
 
-def _dense_tensors(structure: Structure, layer: Any) -> tuple[Tensor, Tensor | None]:
+def _dense_tensors(structure: Structure | ConvChain, layer: Any) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of ``structure`` in the layout of ``layer``."""
     dense = structure.dense().detach()
     weight = (dense.mT if linear_kind(layer) == "conv1d" else dense).contiguous()
     if layer.bias is None:
         return weight, None
     bias = structure.bias
-    return weight, weight.new_zeros(structure.out_features) if bias is None else bias.detach()
+    return weight, torch.zeros_like(layer.bias, device=weight.device) if bias is None else bias.detach()

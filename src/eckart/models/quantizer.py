@@ -3,7 +3,8 @@
 transformers asks a *quantizer* to change the empty model before it loads the weights. Ours puts the structures
 where ``config.json`` says they are::
 
-    "quantization_config": {"quant_method": "eckart", "version": 1, "modules": {name: spec}, "history": [...]}
+    "quantization_config": {"quant_method": "eckart", "version": 1, "modules": {name: spec}, "history": [...],
+                            "geometry": {name: what differs from the model's configuration}}
 
 The name is transformers'; nothing is quantized, all tensors are ordinary floating-point ones of any type, and
 training, ``half()`` and ``float()`` work as for any model. Importing this module registers the quantizer;
@@ -21,6 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..structures import Structure, structure_from_spec
+from ..structures.conv_chain import ConvChain
+from .geometry import Geometry, geometries, set_geometry
 from .replace import swap
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class EckartConfig(QuantizationConfigMixin):
         history: what was done to the model, oldest first; any JSON values.
         version: version of this format.
         quant_method: always ``"eckart"``.
+        geometry: name of each module whose shape is not the configuration's to its ``Geometry.to_json()``.
 
     Raises:
         ValueError: a newer Eckart wrote this, or an entry is not a spec.
@@ -53,6 +57,7 @@ class EckartConfig(QuantizationConfigMixin):
         history: Sequence[Any] | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
+        geometry: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         # The version first: a newer format may differ in everything else.
@@ -70,6 +75,16 @@ class EckartConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = dict(modules or {})
         self.history = list(history or [])
+        for name, entry in (geometry or {}).items():
+            if not isinstance(entry, dict):
+                raise ValueError(f"config.json describes the shape of {name} by {entry!r}; the checkpoint is damaged")
+            Geometry.from_json(entry)
+        self.geometry = dict(geometry or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data; without a geometry where no module has one, as older versions wrote it."""
+        found: dict[str, Any] = super().to_dict()
+        return found if found.get("geometry") else {key: value for key, value in found.items() if key != "geometry"}
 
 
 class EckartQuantizer(HfQuantizer):
@@ -92,10 +107,16 @@ class EckartQuantizer(HfQuantizer):
             spec = self.quantization_config.modules[saved_name]
             old = model.get_submodule(name)
             dtype = next((p.dtype for p in old.parameters() if p.is_floating_point()), None)
-            structure = structure_from_spec(spec, device="meta", dtype=dtype)
+            build = ConvChain.from_spec if spec["type"] == ConvChain.type_name else structure_from_spec
+            structure = build(spec, device="meta", dtype=dtype)
             swap(model, name, structure)
             found[name] = spec
         self.quantization_config.modules = found
+        shapes: dict[str, dict[str, Any]] = {}
+        for saved_name, name in _names_in(model, self.quantization_config.geometry).items():
+            shapes[name] = self.quantization_config.geometry[saved_name]
+            set_geometry(model.get_submodule(name), Geometry.from_json(shapes[name]))
+        self.quantization_config.geometry = shapes
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers only warns about missing tensors. A structure with made-up factors is not a model.
@@ -112,6 +133,7 @@ class EckartQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any, **__: Any) -> tuple[None, dict[str, str]]:
         """Describe the model as it is now; called by ``save_pretrained`` before it writes ``config.json``."""
         self.quantization_config.modules = specs(model)
+        self.quantization_config.geometry = geometries(model)
         return None, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -156,7 +178,7 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def search(prefix: str, module: nn.Module) -> None:
-        if isinstance(module, Structure):
+        if isinstance(module, Structure | ConvChain):
             found[prefix] = module.spec()
             return
         for key, child in module.named_children():
@@ -189,12 +211,12 @@ def mark(model: PreTrainedModel, history: Sequence[Any] | None = None) -> None:
                 "load it dequantized before storing structures in it"
             )
         before = EckartConfig.from_dict(before)
-    modules = specs(model)
-    if not modules:
+    modules, geometry = specs(model), geometries(model)
+    if not modules and not geometry:
         if before is not None:
             EckartQuantizer(before).remove_quantization_config(model)
         return
-    config = EckartConfig(modules, [*(before.history if before else []), *(history or [])])
+    config = EckartConfig(modules, [*(before.history if before else []), *(history or [])], geometry=geometry)
     model.config.quantization_config = config
     state: Any = model  # the three attributes that from_pretrained sets
     state.hf_quantizer = EckartQuantizer(config, pre_quantized=True)

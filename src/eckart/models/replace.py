@@ -26,7 +26,7 @@ _HOOKS = (
 )
 
 
-def replace(model: nn.Module, name: str, structure: Structure) -> None:
+def replace(model: nn.Module, name: str, structure: Structure, *, resize: bool = False) -> None:
     """Put ``structure`` in the place of the linear map ``name``.
 
     The structure takes over its device, floating-point type, training mode, ``requires_grad``, hooks (a handle
@@ -40,6 +40,7 @@ def replace(model: nn.Module, name: str, structure: Structure) -> None:
         model: the model, changed in place.
         name: full name of an ``nn.Linear``, a ``Conv1D`` or a structure.
         structure: what to put there, of the same shape (out, in).
+        resize: let the shape be another one; who says so changes what is around it too.
 
     Raises:
         ValueError: there is no such linear map, its weight is tied to another module, the shapes differ, a bias
@@ -53,7 +54,7 @@ def replace(model: nn.Module, name: str, structure: Structure) -> None:
         'Dense'
     """
     old = _linear(model, name)
-    _check(model, name, old, structure)
+    _check(model, name, old, structure, resize)
     weight = _a_weight(old)
     if weight.device.type != "meta":
         structure.to(weight.device)
@@ -101,7 +102,7 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     return old
 
 
-def _check(model: nn.Module, name: str, old: nn.Module, structure: Structure) -> None:
+def _check(model: nn.Module, name: str, old: nn.Module, structure: Structure, resize: bool) -> None:
     kind = linear_kind(old)
     assert kind is not None
     ref = LinearRef(name, old, kind)
@@ -111,7 +112,7 @@ def _check(model: nn.Module, name: str, old: nn.Module, structure: Structure) ->
         if others:
             raise ValueError(f"{name}.{key} is tied with {others[0]}; replacing it would untie them")
     shape = (structure.out_features, structure.in_features)
-    if shape != ref.shape:
+    if shape != ref.shape and not resize:
         raise ValueError(f"{name} is {ref.shape[0]} x {ref.shape[1]} (out x in), the structure {shape[0]} x {shape[1]}")
     if ref.bias is not None and structure.bias is None:
         raise ValueError(f"{name} has a bias and the structure has none; give the structure a copy of it")

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.kinds import is_norm
-from ..structures import Structure
+from ..models.structured import norm_parameters, only_gradients_for, structured_parameters
 
 __all__ = ["factor_groups"]
 
@@ -48,33 +47,11 @@ def factor_groups(model: nn.Module, *, norms: bool = True, weight_decay: float |
         >>> model["b"].weight.requires_grad
         False
     """
-    structured = _parameters(model, Structure)
-    if not structured:
-        raise ValueError(f"no layer of {type(model).__name__} is structured; compress it first, see eckart.compress")
-    scales = {
-        key: parameter
-        for name, module in model.named_modules()
-        if norms and is_norm(module)
-        for key, parameter in ((f"{name}.{own}", p) for own, p in module.named_parameters(recurse=False))
-    }
-    trained = {id(parameter) for parameter in [*structured.values(), *scales.values()]}
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(id(parameter) in trained)
+    structured, scales = structured_parameters(model), norm_parameters(model) if norms else {}
+    only_gradients_for(model, [*structured.values(), *scales.values()])
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups: list[dict[str, Any]] = [
         {"params": list(structured.items()), "rank": None, **decay},
         {"params": list(scales.items()), "rank": None, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _parameters(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Parameter]:
-    """Floating-point parameters inside modules of a kind, by full name, each once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            for key, parameter in module.named_parameters():
-                if parameter.is_floating_point():
-                    found.setdefault(id(parameter), (f"{name}.{key}".lstrip("."), parameter))
-    return dict(found.values())

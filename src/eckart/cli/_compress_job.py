@@ -1,0 +1,157 @@
+"""What ``eckart compress`` does once its request is checked: load, choose, compress, recover, measure, save."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eckart.cli._compare import Comparison, measure, weights_on_disk
+from eckart.cli._options import load_model
+from eckart.cli._texts import Texts
+
+if TYPE_CHECKING:
+    from eckart.compression.recover import Recovered, Train
+    from eckart.compression.work import AnyMethod
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to train a compressed model.
+
+    Attributes:
+        steps: updates.
+        train: what is trained.
+        rate: peak learning rate.
+    """
+
+    steps: int
+    train: Train
+    rate: float
+
+    def run(self, model: Any, data: Any, *, progress: bool) -> Recovered:
+        """Train it on the calibration text."""
+        from eckart.compression.recover import recover
+
+        return recover(model, data, self.steps, train=self.train, learning_rate=self.rate, progress=progress)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has been checked.
+
+    Attributes:
+        model: what the user called the model.
+        source: its directory.
+        out: directory to write.
+        force: whether ``out`` may be replaced.
+        method: how to compress; None to try several.
+        settings: everything else that `eckart.compress` takes.
+        texts: what to calibrate on and to judge by.
+        needs_text: whether there is anything to calibrate.
+        recovery: how to train afterwards, if at all.
+    """
+
+    model: str
+    source: Path
+    out: Path
+    force: bool
+    method: AnyMethod | None
+    settings: dict[str, Any]
+    texts: Texts
+    needs_text: bool
+    recovery: Recovery | None = None
+
+    def in_memory(self, dtype: str, device: str, *, measured: bool) -> Comparison:
+        """Load, compress, save; with figures before and after if they are wanted and the model has them."""
+        from eckart.compression import compress
+        from eckart.compression.auto import choose
+        from eckart.models import save
+        from eckart.models.progress import waiting
+
+        progress = self.settings["progress"]
+        on_disk = weights_on_disk(self.source)
+        model, tokenizer = load_model(self.source, dtype, device, progress=progress)
+        _check(model, self.method, self.settings["where"])
+        data = self.texts.to_calibrate(self.model, model.config, tokenizer) if self.needs_text else []
+        reason = _why_not(model, tokenizer) if measured else ""
+        held_out = self.texts.to_judge(model.config, tokenizer) if measured and not reason else []
+        before = measure(model, held_out, progress=progress) if held_out else None
+        choice = None
+        method: str | AnyMethod = self.method or ""
+        settings = dict(self.settings)
+        if self.method is None:
+            shared = {key: settings[key] for key in ("ratio", "where", "form", "progress")}
+            choice = choose(model, data, **shared)
+            method, settings["allocation"] = choice.best.method, choice.best.allocation
+        with _kept_for_the_end():
+            result = compress(model, method, data=data, **settings)
+            model = result.model
+            recovered = self.recovery.run(model, data, progress=progress) if self.recovery else None
+        after = measure(model, held_out, progress=progress) if held_out else None
+        with waiting("saving", enabled=progress):
+            save(model, self.out, tokenizer, force=self.force)
+        return Comparison(
+            self.model,
+            self.out,
+            result,
+            (on_disk, weights_on_disk(self.out)),
+            before,
+            after,
+            not_measured=reason,
+            choice=choice,
+            recovered=recovered,
+        )
+
+    def streamed(self) -> Comparison:
+        """Compress from disk to disk."""
+        from transformers import AutoConfig
+
+        from eckart.compression import compress_checkpoint
+        from eckart.models import load_tokenizer
+
+        assert self.method is not None  # auto is not streamed
+        on_disk = weights_on_disk(self.source)
+        tokenizer = load_tokenizer(self.source)
+        config = AutoConfig.from_pretrained(self.source)
+        data = self.texts.to_calibrate(self.model, config, tokenizer) if self.needs_text else []
+        with _kept_for_the_end():
+            result = compress_checkpoint(
+                self.source, self.out, self.method, data=data, tokenizer=tokenizer, force=self.force, **self.settings
+            )
+        reason = f"the model was streamed; try: eckart eval {self.out}"
+        return Comparison(self.model, self.out, result, (on_disk, weights_on_disk(self.out)), not_measured=reason)
+
+
+def _check(model: Any, method: AnyMethod | None, where: Any) -> None:
+    """Find out, before anything is measured for it, whether the model can be compressed at all."""
+    from eckart.compression.checks import check_untouched, inside_blocks
+    from eckart.models import blocks, linears
+    from eckart.models.finite import check_finite
+
+    check_untouched(model)
+    if getattr(method, "on_linears", True):
+        inside_blocks(linears(model, where), blocks(model))
+    check_finite(model)
+
+
+def _why_not(model: Any, tokenizer: Any) -> str:
+    """Why perplexity cannot be measured; empty if it can."""
+    from eckart.models.evaluate import is_causal
+
+    if tokenizer is None:
+        return "the model has no tokenizer"
+    return "" if is_causal(model) else f"{type(model).__name__} is no causal language model"
+
+
+@contextlib.contextmanager
+def _kept_for_the_end() -> Iterator[None]:
+    """The result carries every warning, and they are printed once, below the table."""
+    from eckart.structures import EckartWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EckartWarning)
+        yield

@@ -1,0 +1,204 @@
+"""Sub-MoE: fewer experts in each layer of a mixture, merged by what they put out and by how often they are used.
+
+    Sim(i, j) = mean over tokens of cos(E_i(x), E_j(x));  K-means on the outputs, a cluster Q becomes one expert
+    [W_1, ..., W_c] = U S [V_1, ..., V_c]^T,   V = sum f_i V_i / sum f_i,   W = U S V^T      W_i (m, n), U (m, r)
+    f_i = fraction of the tokens that are sent to expert i; separately for gate, up and down
+
+L. Li et al., Sub-MoE: Efficient Mixture-of-Expert LLMs Compression via Subspace Expert Merging, 2025, arXiv
+2506.23266. U S V_i^T is W_i, so the merge of step 2 is the plain weighted average sum f_i W_i / sum f_i whatever the
+SVD, and U_r U_r^T times it if the basis is cut to rank r: nothing is decomposed unless ``basis_energy`` cuts.
+
+Different here. K-means works on outputs scaled to length one, so that its objective, its centroids and the paper's
+cosine similarity agree, and needs nothing but the (E, E) similarities. A window of layers shares one number of
+clusters, but no cluster spans two layers, as a merged expert must live in one. The router keeps all its rows and each
+points to the merged expert, so that gate probabilities of merged experts add up. Hidden units can be aligned before
+they are averaged. The variant with low-rank experts (Sub-MoE with a dagger) is left out: transformers has no bank of
+low-rank experts to store them in.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import energy_rank, svd
+from ..linalg.assignment import assignment
+from ..linalg.kmeans import kmeans_in_groups
+from ..models.experts import Expert, ExpertBank, Routing, align, expert_banks, route
+from ..models.geometry import Geometry, set_geometry
+from ..models.result import LayerResult
+from ..structures import EckartWarning
+from .contract import Job, ModelMethod
+
+__all__ = ["SubMoE", "merge"]
+
+_AT_ONCE = 2**25  # numbers in the outputs of all experts of a layer, held in float64
+
+
+def merge(weights: Tensor, frequency: Tensor, energy: float = 1.0) -> Tensor:
+    """One matrix for several, in the output basis that they share.
+
+        U_r U_r^T sum f_i W_i / sum f_i,      U S V^T = [W_1, ..., W_c]
+
+    Args:
+        weights: (c, m, n).
+        frequency: (c,) f, not negative, not all zero.
+        energy: share of the squared singular values of [W_1, ..., W_c] to keep; at 1 it is the average itself.
+
+    Returns:
+        (m, n) float64.
+
+    Example:
+        >>> merge(torch.tensor([[[1.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([3.0, 1.0])).tolist()
+        [[0.75, 1.0]]
+    """
+    wide = weights.double()
+    average = torch.einsum("c,cmn->mn", frequency.to(wide) / frequency.sum().to(wide), wide)
+    if energy == 1 or len(weights) == 1:
+        return average
+    union = svd(torch.cat(tuple(wide), dim=1), driver="exact")
+    basis = union.u[:, : max(1, energy_rank(union.s, energy))]
+    return basis @ (basis.mT @ average)
+
+
+@dataclass(frozen=True)
+class SubMoE(ModelMethod):
+    """Merges experts of similar outputs; the ratio is the fraction of the experts' parameters to remove.
+
+    Attributes:
+        window: layers in a row that share one number of experts, 2 in the paper.
+        basis_energy: share of the energy of a cluster's shared basis that its merged expert keeps; 1 keeps all, less is
+            the paper's truncation and saves nothing, as experts are stored dense.
+        align: put the hidden units of a cluster's experts into the order of the most used one before they are
+            averaged (needs scipy); off in the paper.
+        tokens: calibration tokens on which ALL experts of a layer run; routing is counted on all tokens.
+        seed: of the starts of K-means.
+
+    Example:
+        >>> SubMoE(window=1).window
+        1
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"routing"})
+    on_linears: ClassVar[bool] = False
+
+    window: int = 2
+    basis_energy: float = 1.0
+    align: bool = False
+    tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.basis_energy <= 1:
+            raise ValueError(f"basis_energy must lie in (0, 1], not {self.basis_energy}; 1 keeps everything")
+        if not isinstance(self.align, bool):
+            raise ValueError(f"align must be true or false, not {self.align!r}")
+
+    def check(self, job: Job) -> None:
+        """Refuse a model without banks of experts, and a ratio that leaves a layer without any."""
+        banks = expert_banks(job.model)
+        if not banks:
+            raise ValueError(
+                f"{type(job.model).__name__} has no bank of fused experts (gate_up_proj and down_proj without biases); "
+                "sub-moe compresses mixtures of experts such as Mixtral or Qwen3-MoE"
+            )
+        self._kept(banks, job.ratio)
+        if self.align:
+            assignment(torch.ones(1, 1))  # says at once if scipy is missing
+
+    def compress(self, job: Job) -> tuple[nn.Module, list[LayerResult]]:
+        """Cluster and merge, window by window, in place."""
+        banks = expert_banks(job.model)
+        kept = self._kept(banks, job.ratio)
+        sums = {bank.name: torch.zeros(bank.count, bank.count, dtype=torch.float64) for bank in banks}
+
+        def see(bank: ExpertBank, x: Tensor) -> None:
+            for rows in x.split(max(1, _AT_ONCE // (bank.count * x.shape[1]))):
+                outputs = torch.stack([bank.run(index, rows) for index in range(bank.count)]).double()
+                units = nn.functional.normalize(outputs, dim=2).flatten(1)
+                sums[bank.name] += (units @ units.mT).cpu()
+
+        routing = route(
+            job.model, banks, job.batches, see=see, tokens=self.tokens, progress=job.progress, title="experts"
+        )
+        _warn_of_unused(routing)
+        generator = torch.Generator().manual_seed(self.seed)
+        layers: list[LayerResult] = []
+        with torch.no_grad():
+            for window, count in zip(self._windows(banks), kept, strict=True):
+                shown = min(self.tokens, routing[window[0].name].tokens)
+                clusters = kmeans_in_groups([sums[bank.name] / shown for bank in window], count, generator)
+                for bank, labels in zip(window, clusters, strict=True):
+                    layers.append(self._merge(bank, labels, routing[bank.name]))
+        return job.model, layers
+
+    def _windows(self, banks: Sequence[ExpertBank]) -> list[Sequence[ExpertBank]]:
+        return [banks[start : start + self.window] for start in range(0, len(banks), self.window)]
+
+    def _kept(self, banks: Sequence[ExpertBank], ratio: float) -> list[int]:
+        """How many experts each window keeps; together at most the wanted share of all."""
+        windows = self._windows(banks)
+        before = [sum(bank.count for bank in window) for window in windows]
+        # Rounded along the way, so that the whole is right and no window is off by more than one.
+        ends = [math.floor((1 - ratio) * sum(before[: i + 1]) + 1e-9) for i in range(len(windows))]
+        kept = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        for window, count in zip(windows, kept, strict=True):
+            if count < len(window):
+                raise ValueError(
+                    f"ratio={ratio} leaves {count} experts for the {len(window)} layers from {window[0].name} on; "
+                    f"the largest ratio is about {1 - len(window) / sum(bank.count for bank in window):.2f}"
+                )
+        return kept
+
+    def _merge(self, bank: ExpertBank, labels: Tensor, used: Routing) -> LayerResult:
+        """Store one expert a cluster in place of the bank's."""
+        shape, count = bank.shape, int(labels.max()) + 1
+        if count == bank.count:
+            return LayerResult(bank.name, shape, min(shape), "dense", shape[0] * shape[1], 0.0)
+        # An expert that no token visited still has a say, as if one token had.
+        frequency = used.frequency.clamp(min=1 / used.tokens)
+        merged, lost, whole = [], 0.0, 0.0
+        for label in range(count):
+            members = (labels == label).nonzero()[:, 0].tolist()
+            experts = [bank.expert(index) for index in members]
+            if self.align:
+                leader = experts[int(frequency[members].argmax())]
+                experts = [expert if expert is leader else align(expert, leader) for expert in experts]
+            one = Expert(
+                *(
+                    merge(torch.stack(group), frequency[members], self.basis_energy)
+                    for group in zip(*experts, strict=True)
+                )
+            )
+            lost += sum(float((expert.units().double() - one.units()).square().sum()) for expert in experts)
+            whole += sum(float(expert.units().double().square().sum()) for expert in experts)
+            merged.append(one)
+        gate_up = torch.stack([torch.cat((one.gate, one.up)) for one in merged])
+        down = torch.stack([one.down for one in merged])
+        shapes = {"gate_up_proj": tuple(gate_up.shape), "down_proj": tuple(down.shape)}
+        set_geometry(bank.module, Geometry({"num_experts": count}, shapes=shapes, experts=tuple(labels.tolist())))
+        bank.gate_up.copy_(gate_up)
+        bank.down.copy_(down)
+        error = math.sqrt(lost / whole) if whole else 0.0
+        return LayerResult(bank.name, shape, min(shape), "experts", count * bank.expert_parameters, error)
+
+
+def _warn_of_unused(routing: dict[str, Routing]) -> None:
+    unused = {name: (used.frequency == 0).nonzero()[:, 0].tolist() for name, used in routing.items()}
+    for name, experts in unused.items():
+        if experts:
+            warnings.warn(
+                f"{name}: no calibration token was sent to experts {', '.join(map(str, experts))}; "
+                "each counts as if one had, give more data to know better",
+                EckartWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,128 @@
+"""Recovery: what is trained, that it helps, that everything else stays."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import tiny_models
+from eckart.compression import compress
+from eckart.compression.recover import recover
+from eckart.structures import EckartWarning, Structure
+
+
+@pytest.fixture
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(60, (24, 1), generator=generator)
+    return [(starts + torch.arange(16)) % 60 + 1]  # what comes next can be learnt
+
+
+def compressed(data: list[torch.Tensor], form: str = "pivoted"):
+    model = tiny_models.FAMILIES["llama"]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EckartWarning)
+        compress(model, "svd", ratio=0.5, form=form, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("train", ["factors", "sequential"])
+@pytest.mark.parametrize("form", ["pivoted", "plain"])
+def test_the_held_out_loss_falls_and_only_the_small_weights_change(data, train, form):
+    model = compressed(data, form)
+    before = copy.deepcopy(model.state_dict())
+    done = recover(model, data, 12, train=train, learning_rate=1e-2, progress=False)
+    assert done.loss_after < done.loss_before - 0.05
+    assert done.steps == len(done.history) == 12
+    structured = {name for name, module in model.named_modules() if isinstance(module, Structure)}
+    for name, value in model.state_dict().items():
+        inside = name.rpartition(".")[0] in structured
+        norm = "norm" in name
+        if not inside and not (norm and train == "factors"):
+            assert torch.equal(value, before[name]), name
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert {name.rpartition(".")[0] for name in changed} >= structured
+
+
+def test_sequential_trains_one_factor_after_the_other(data):
+    model = compressed(data, "plain")
+    before = copy.deepcopy(model.state_dict())
+    recover(model, data, 2, train="sequential", progress=False)
+    for name in before:
+        if "transposed" in name:
+            assert not torch.equal(before[name], model.state_dict()[name]), name
+    # Of two steps, each factor has one: the first one's gradients are those of the model as it was.
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_asked_for_as_before_even_after_a_failure(data):
+    model = compressed(data)
+    first = next(iter(model.parameters()))
+    first.requires_grad_(False)
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    recover(model, data, 1, progress=False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    with pytest.raises(ValueError, match="lower learning_rate"):
+        recover(model, data, 30, learning_rate=1e30, progress=False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_other_ones(data):
+    results = []
+    for seed in (0, 0, 1):
+        model = compressed(data)
+        recover(model, data, 3, seed=seed, progress=False)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_padding_is_not_learnt(data):
+    plain, padded = compressed(data), compressed(data)
+    ids = data[0]
+    wider = torch.cat([ids, torch.full((len(ids), 3), 5)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(len(ids), 3, dtype=torch.long)], 1)
+    one = recover(plain, [{"input_ids": ids}], 2, progress=False)
+    other = recover(padded, [{"input_ids": wider, "attention_mask": mask}], 2, progress=False)
+    assert other.history == pytest.approx(one.history, rel=2e-2)  # bfloat16 products of other shapes
+    assert other.loss_before == pytest.approx(one.loss_before, rel=1e-5)
+
+
+def test_time_is_kept_to(data):
+    done = recover(compressed(data), data, 10_000, max_seconds=0.5, progress=False)
+    assert 0 < done.steps < 10_000
+    assert done.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train": "lora"}, "train must be one of factors, sequential"),
+        ({"steps": 0}, "at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate positive"),
+    ],
+)
+def test_bad_arguments(data, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recover(compressed(data), data, **({"steps": 2, "progress": False} | arguments))
+
+
+def test_a_dense_model_is_refused(data):
+    with pytest.raises(ValueError, match="no layer of LlamaForCausalLM is structured; compress it first"):
+        recover(tiny_models.FAMILIES["llama"](), data, 2, progress=False)
+
+
+def test_one_sequence_is_not_enough(data):
+    with pytest.raises(ValueError, match="two sequences or more"):
+        recover(compressed(data), [data[0][:1]], 2, progress=False)
+
+
+def test_worse_is_said(data):
+    model = compressed(data)
+    recover(model, data, 30, learning_rate=1e-2, progress=False)
+    noise = [torch.randint(1, 60, (16, 16), generator=torch.Generator().manual_seed(1))]
+    with pytest.warns(EckartWarning, match="made the held-out loss worse"):
+        recover(model, noise, 20, learning_rate=1e-2, held_out=data, progress=False)
