@@ -4,22 +4,27 @@ Both compute the same three gradients in float64, in turn. Slopes are of log tim
 over the longer half: about 1 and 2 are expected. This is the proof of an idea and no way to train: at the widths of
 real heads the features are too many, which the last figures show for the demo model.
 
-python benchmarks/lora_limits.py [--smoke]
+python benchmarks/lora_limits.py [--smoke] [--draw]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, medians, record
+from adapter_job import write_table
+from common import RESULTS, interleaved, medians, record
 from language_model import demo, evaluation
 
 from eckart import analyze
 from eckart.analysis.chained_gradient import chained_gradients, dense_gradients, num_features
 
+PAGE = Path(__file__).parents[1] / "docs" / "analysis-measured.md"
+GAMMAS, DEGREES = (0.5, 1.0, 2.0, 3.0), (2, 4, 6)
 WIDTHS = ((4, 2), (4, 4), (6, 2), (8, 2))  # width and degree
 LENGTHS = tuple(2**i for i in range(8, 14))
 SHORT = (64, 128, 256)
@@ -71,10 +76,10 @@ def times(width: int, degree: int, lengths: tuple[int, ...], repeats: int) -> di
 def errors() -> dict[str, float]:
     """The largest relative error of the three gradients, L = 400, d = 4."""
     figures = {}
-    for gamma in (0.5, 1.0, 2.0, 3.0):
+    for gamma in GAMMAS:
         given = problem(400, 4, gamma)
         exact = dense_gradients(*given)
-        for degree in (2, 4, 6):
+        for degree in DEGREES:
             found = chained_gradients(*given, degree)
             worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found[1:], exact[1:], strict=True))
             figures[f"relative error, entries up to {gamma}, g = {degree}"] = worst
@@ -88,10 +93,36 @@ def sizes(model: Any, texts: list[Any]) -> dict[str, Any]:
     }
 
 
+def draw(figures: dict[str, Any]) -> None:
+    """Write the two tables of the page."""
+    parts = "dense", "chained", "chained, causal"
+    columns: dict[str, Any] = {"head": lambda name, title: name}
+    columns["features"] = lambda name, title: str(figures[f"{title}: features"])
+    for part in parts:
+        slope_of = f"slope of the longer half, {part}"
+        columns[f"slope, {part}"] = lambda name, title, key=slope_of: f"{figures[f'{title}: {key}']:.2f}"
+    for part in parts:
+        longest = f"ms at L = {LENGTHS[-1]}, {part}"
+        columns[longest] = lambda name, title, key=longest: f"{figures[f'{title}: {key}']:,.0f}"
+    faster = "shortest L from which chained is faster"
+    columns["faster from L ="] = lambda name, title: str(figures[f"{title}: {faster}"])
+    write_table(PAGE, columns, {f"d = {d}, g = {g}": f"d = {d}, g = {g}" for d, g in WIDTHS}, "lora-limits")
+    columns = {"entries up to": lambda name, gamma: name}
+    for degree in DEGREES:
+        key = f"g = {degree}"
+        columns[key] = lambda name, gamma, key=key: f"{figures[f'relative error, entries up to {gamma}, {key}']:.0e}"
+    write_table(PAGE, columns, {str(gamma): gamma for gamma in GAMMAS}, "lora-limits-errors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--smoke", action="store_true", help="a try in small; nothing is written")
-    if parser.parse_args().smoke:
+    parser.add_argument("--draw", action="store_true", help="only write the tables of the page")
+    given = parser.parse_args()
+    if given.draw:
+        draw(json.loads((RESULTS / "lora_limits.json").read_text(encoding="utf-8"))["figures"])
+        return
+    if given.smoke:
         print(times(4, 2, SHORT, 1) | errors())
         return
     figures = errors()
@@ -99,7 +130,9 @@ def main() -> None:
         figures |= times(width, degree, LENGTHS, 3)
         print(f"d = {width}, g = {degree}: done", flush=True)
     model, tokenizer = demo()
-    record("lora_limits", figures | sizes(model.eval(), evaluation(tokenizer, samples=2)), method="lora-limits")
+    figures |= sizes(model.eval(), evaluation(tokenizer, samples=2))
+    record("lora_limits", figures, method="lora-limits")
+    draw(figures)
 
 
 if __name__ == "__main__":

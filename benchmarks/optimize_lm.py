@@ -99,9 +99,9 @@ def rank_of(model: Any) -> int:
     return max(1, int(model.config.hidden_size) // SHARE)
 
 
-def ours(method: str, bits: int = 32) -> Build:
+def ours(method: str, bits: int = 32, **options: Any) -> Build:
     def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        return optimizer_class(method, bits=bits)(low_rank_groups(model, rank_of(model)), lr=rate)
+        return optimizer_class(method, bits=bits)(low_rank_groups(model, rank_of(model)), lr=rate, **options)
 
     return build
 
@@ -180,6 +180,10 @@ def contenders() -> dict[str, Optimizer]:
             rates = (full, tune) if unscaled else (Optimizer.rates, Optimizer.tune_rates)
             found[row.name] = Optimizer(ours(row.name), *rates)
             found[f"{row.name} 8-bit"] = Optimizer(ours(row.name, bits=8), *rates)
+    # What a published scale does: it is the rate of the projected matrices over that of embeddings, head and norms.
+    found["dct-adamw 8-bit, scale 0.25"] = Optimizer(ours("dct-adamw", bits=8, scale=0.25))
+    found["galore 8-bit, scale 1"] = Optimizer(ours("galore", bits=8, scale=1.0), full, tune)
+    found["fira 8-bit, scale 1"] = Optimizer(ours("fira", bits=8, scale=1.0), full, tune)
     return found
 
 
@@ -339,7 +343,7 @@ def run(jobs: tuple[Pretraining, Tuning], name: str, contender: Optimizer) -> di
     size = first.size
     pretrained = measured(first, contender, size.steps, size.search_steps)
     tuned = measured(second, contender, size.tune_steps, size.tune_search_steps)
-    method = name.removesuffix(" 8-bit")
+    method = name.partition(",")[0].removesuffix(" 8-bit")
     key = "method" if method in {row.name for row in catalog.select(family="optim")} else "baseline"
     return {key: method, "name": name, "pre-training": pretrained, "fine-tuning": tuned, **environment()}
 

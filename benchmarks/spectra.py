@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, medians, ratio, record
+from adapter_job import write_table
+from common import RESULTS, interleaved, medians, ratio, record
 from language_model import demo
 from safetensors.torch import save_file
 from stream import write_checkpoint
@@ -34,6 +35,7 @@ from stream import write_checkpoint
 from eckart.analysis import LayerSpectrum, spectra
 from eckart.models import linears
 
+PAGE = Path(__file__).parents[1] / "docs" / "analysis-measured.md"
 WATCHER = """
 import json, logging, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -145,13 +147,26 @@ def peak_of_a_large_checkpoint() -> dict[str, Any]:
     }
 
 
+def draw(figures: dict[str, Any]) -> None:
+    """Write the table of the page."""
+
+    def shown(name: str, value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+    write_table(PAGE, {"spectra of the demo model": lambda name, value: name, "figure": shown}, figures, "spectra")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--where", action="append", help="only these layers, for a try")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--where", action="append", help="only these layers, for a try; nothing is written")
     parser.add_argument("--weightwatcher", metavar="PYTHON", help="an interpreter that has weightwatcher")
     parser.add_argument("--skip-large", action="store_true", help="leave out the 3 GB checkpoint")
+    parser.add_argument("--draw", action="store_true", help="only write the table of the page")
     given = parser.parse_args()
+    if given.draw:
+        draw(json.loads((RESULTS / "spectra.json").read_text(encoding="utf-8"))["figures"])
+        return
     model, _ = demo()
     refs = linears(model, given.where).linears
     found: list[LayerSpectrum] = []
@@ -175,7 +190,11 @@ def main() -> None:
         figures |= against_weightwatcher(given.weightwatcher, refs, found, given.where, model, given.rounds)
     if not given.skip_large:
         figures |= peak_of_a_large_checkpoint()
+    if given.where:
+        print(figures)
+        return
     record("spectra", figures)
+    draw(figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ are as strong as a rule. Measured are the loss on the second half of random toke
 (induction), the loss on plain text, and the lead of the right name in "When Mary and John went to the store, John gave
 a drink to" (indirect object). The method is a reconstruction: the paper published no code.
 
-python benchmarks/talking_heads.py [--smoke]
+python benchmarks/talking_heads.py [--smoke] [--draw]
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import random
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from adapter_job import write_table
+from common import RESULTS, record
 from language_model import demo, evaluation
 
 from eckart import analyze
@@ -30,6 +34,7 @@ from eckart.analysis.composition import ov_components
 from eckart.models.head_edits import rescale_written
 from eckart.models.head_maps import attention_layers
 
+PAGE = Path(__file__).parents[1] / "docs" / "analysis-measured.md"
 KINDS = ("query", "key", "value")
 NAMES = ("John", "Mary", "Tom", "James", "Dan", "Sarah", "Anna", "David", "Paul", "Mark", "Peter", "Alice")
 TEMPLATES = (
@@ -42,12 +47,14 @@ Component = tuple[int, int, int]  # layer, head, number
 
 @dataclass(frozen=True)
 class Size:
+    """How much work there is: about seven minutes on one thread."""
+
     pairs: int = 5
-    draws: int = 5
-    sequences: int = 8
-    half: int = 64
-    prompts: int = 24
-    texts: int = 2
+    draws: int = 4
+    sequences: int = 4
+    half: int = 48
+    prompts: int = 16
+    texts: int = 1
 
 
 SMOKE = Size(pairs=2, draws=2, sequences=2, half=8, prompts=4, texts=1)
@@ -158,10 +165,36 @@ def run(model: Any, tokenizer: Any, size: Size, texts: list[Any]) -> dict[str, A
     return figures
 
 
+def draw(figures: dict[str, Any]) -> None:
+    """Write the table of the page: for each task the change by the top components, and by others in brackets."""
+    tasks = [name.removesuffix(": whole model") for name in figures if name.endswith(": whole model")]
+    labels = [name.removesuffix(": components") for name in figures if name.endswith(": components")]
+
+    def column(task: str) -> Callable[[str, str], str]:
+        def cell(name: str, label: str) -> str:
+            start = f"{label}: change of the {task}, "
+            top, *rest = (
+                f"{figures[start + one]:+.3f}"
+                for one in ("top components", "others of the same heads, mean", "the same in other heads, mean")
+            )
+            return f"{top} ({', '.join(rest)})"
+
+        return cell
+
+    columns: dict[str, Callable[[str, Any], str]] = {"composition": lambda name, label: name}
+    columns |= {f"{task}, {figures[f'{task}: whole model']:.3f}": column(task) for task in tasks}
+    write_table(PAGE, columns, {label: label for label in labels}, "talking-heads")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--smoke", action="store_true", help="a try in small; nothing is written")
-    smoke = parser.parse_args().smoke
+    parser.add_argument("--draw", action="store_true", help="only write the table of the page")
+    given = parser.parse_args()
+    smoke = given.smoke
+    if given.draw:
+        draw(json.loads((RESULTS / "talking_heads.json").read_text(encoding="utf-8"))["figures"])
+        return
     model, tokenizer = demo()
     model = model.float().eval()
     size = SMOKE if smoke else Size()
@@ -170,6 +203,7 @@ def main() -> None:
         print(figures)
     else:
         record("talking_heads", figures, method="talking-heads")
+        draw(figures)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("talking_heads", "lora_limits", "common", "language_model"):
+    for name in ("talking_heads", "lora_limits", "adapter_job", "common", "language_model"):
         sys.modules.pop(name, None)
 
 

@@ -24,7 +24,7 @@ def job(tmp_path, monkeypatch):
     source = tiny_checkpoints.write_sums(tmp_path / "sums.jsonl")
     model = tiny_checkpoints.model(max_position_embeddings=1024, num_hidden_layers=2)
     yield intruders, intruders.load(intruders.SMOKE, model, tiny_checkpoints.tokenizer(), source=source)
-    for name in ("intruders", "adapter_job", "common", "language_model"):
+    for name in ("intruders", "intruder_edits", "adapter_job", "common", "language_model"):
         sys.modules.pop(name, None)
 
 
@@ -54,7 +54,8 @@ def test_the_edits_take_away_what_they_say(job):
     module, made = job
     model, _, _ = module.tuned(made, 1, 0.05)
     made.options = IntruderDimensions(threshold=0.9)
-    layers = module.look(made, model)
+    layers, threshold = module.look(made.model, model, made.options)
+    assert threshold == 0.9
     assert sum(len(one.intruders) for one in layers) > 0
     edits = module.edits(layers)
     taken = {
@@ -70,3 +71,15 @@ def test_the_edits_take_away_what_they_say(job):
         assert len(one.others) <= len(one.intruders)
         assert not set(one.others.tolist()) & set(one.intruders.tolist())
         assert torch.equal(edits["intruders"](one, 1.0), one.after)
+
+
+def test_edits_go_by_a_higher_threshold_where_nothing_is_below_the_paper_s(job):
+    module, made = job
+    model, _, _ = module.tuned(made, 1, 0.05)
+    least = min(float(one.found.cosines.min()) for one in module.look(made.model, model, made.options)[0])
+    below, above, far = least * 0.9, (1 + least) / 2, 1.0
+    for sweep, wanted in (((above, far), above), ((below, above), above), ((below,), below)):
+        options = IntruderDimensions(threshold=below, sweep=sweep)
+        layers, threshold = module.look(made.model, model, options)
+        assert threshold == wanted
+        assert (sum(len(one.intruders) for one in layers) > 0) == (wanted > least)

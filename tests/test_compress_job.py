@@ -1,0 +1,76 @@
+"""The benchmark of compression runs in its smallest size on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_checkpoints
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compress_lm
+
+    ids = torch.arange(3, 43)
+    examples = [{"input_ids": ids[:20].tolist(), "labels": [-100] * 10 + ids[10:20].tolist()}] * 2
+    batches = [ids[:32].reshape(2, 16)]
+    model, tokenizer = tiny_checkpoints.model(), tiny_checkpoints.tokenizer()
+    yield compress_lm, compress_lm.Job(compress_lm.SMOKE, model, tokenizer, batches, batches, examples)
+    for name in ("compress_lm", "adapter_job", "common", "language_model"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "int8", "modegpt 0.2", "svd-llm plain 0.4", "pifa recovered 0.2", "magnitude pruning 0.4"]
+)
+def test_a_row(job, name):
+    module, work = job
+    before = [p.clone() for p in work.model.parameters()]
+    row = module.run(work, name, module.contenders()[name])
+    assert all(torch.equal(a, b) for a, b in zip(before, work.model.parameters(), strict=True))
+    dense = module.bytes_of(work.model)
+    smaller = name not in ("dense", "magnitude pruning 0.4")
+    assert (row["bytes"] < dense) == smaller
+    assert row["perplexity"] > 1
+    assert row["answer loss"] > 0
+    if row.get("method"):
+        assert row["removed"] >= row["ratio"]
+    json.dumps(row)
+
+
+def test_auto_names_what_it_chose_from(job):
+    module, work = job
+    work.data = [torch.arange(3, 67).reshape(4, 16)]
+    row = module.run(work, "auto 0.2", module.contenders()["auto 0.2"])
+    assert row["baseline"] == "auto"
+    assert row["chosen"] == row["tried"]["trials"][0]["method"]
+
+
+def test_four_bits_count_as_half_a_byte(job):
+    module, _ = job
+    model = torch.nn.ModuleDict(
+        {"layers": torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)) for _ in range(2))}
+    )
+    work = module.Job(module.SMOKE, model, None, [], [], [])
+    dense = module.bytes_of(model)
+    eight, _ = module.quantized(8)(work)
+    four, _ = module.quantized(4)(work)
+    numbers = 2 * 64 * 32
+    assert dense == 4 * numbers
+    assert numbers <= module.bytes_of(eight) < 1.2 * numbers
+    assert numbers / 2 <= module.bytes_of(four) < 0.85 * numbers
+
+
+def test_the_five_best_go_to_two_ratios_more(job):
+    module, _ = job
+    found = {f"m{i} 0.2": {"method": f"m{i}", "ratio": 0.2, "perplexity": float(i)} for i in range(7)}
+    found["m0 recovered 0.2"] = {"method": "m6", "ratio": 0.2, "perplexity": 0.0, "recovery steps": 1}
+    assert set(module.best_five(found)) == {f"m{i} {ratio}" for i in range(5) for ratio in (0.1, 0.3)}
