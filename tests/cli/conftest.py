@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 import tiny_checkpoints
 from as_before import libraries_as_before
 from eckart.cli.main import main
+from eckart.models import linears, load
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -53,6 +56,19 @@ def run(capsys) -> Run:
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, tiny) -> Path:
+    """A LoRA on the tiny model that changes its outputs."""
+    model, _ = load(tiny)
+    names = [ref.name for ref in linears(model).linears]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    made.save_pretrained(path)
+    return path
 
 
 @pytest.fixture

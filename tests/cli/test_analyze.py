@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 import tiny_checkpoints
 from eckart import analyze, catalog
@@ -34,19 +34,6 @@ def tuned(tmp_path_factory) -> Path:
         for ref in linears(model).linears:
             ref.weight.add_(0.02 * torch.randn(ref.shape, generator=generator))
     return tiny_checkpoints.write(tmp_path_factory.mktemp("tuned") / "model", model)
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory, tiny) -> Path:
-    """A LoRA on the tiny model that changes its outputs."""
-    model, _ = load(tiny)
-    names = [ref.name for ref in linears(model).linears]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
-    path = tmp_path_factory.mktemp("adapter") / "adapter"
-    made.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 import eckart
 import tiny_checkpoints
@@ -32,18 +32,6 @@ def _changed(size: float = 0.02) -> Any:
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory) -> Path:
     return tiny_checkpoints.write(tmp_path_factory.mktemp("tuned") / "model", _changed())
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory, tiny) -> Path:
-    model, _ = load(tiny)
-    names = [ref.name for ref in linears(model).linears]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
-    path = tmp_path_factory.mktemp("adapter") / "adapter"
-    made.save_pretrained(path)
-    return path
 
 
 def test_json_has_the_figures_of_every_weight(tiny, tuned, run_json):

@@ -12,13 +12,14 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..linalg.errors import LinalgError
 from ..linalg.rank import Form
-from ..models.batches import as_batches
+from ..models.batches import as_batches, single_examples
 from ..models.evaluate import is_causal, perplexity
 from ..models.progress import track
 from ..models.select import Where
@@ -28,7 +29,7 @@ from .policies import Policy
 
 __all__ = ["CANDIDATES", "Choice", "Trial", "choose"]
 
-#: (method, how the budget is shared): what led the table of `benchmarks/compress_lm.py` somewhere.
+#: (method, how the budget is shared): the plausible ones; `benchmarks/compress_lm.py` compares all.
 CANDIDATES: tuple[tuple[str, Policy], ...] = (
     ("pifa", "uniform"),
     ("pifa", "threshold"),
@@ -132,7 +133,7 @@ def choose(
     """
     if not is_causal(model):
         raise ValueError("auto judges by perplexity, which only causal language models have; name a method")
-    rows = _rows(as_batches(data))[:sequences]
+    rows = list(islice(single_examples(as_batches(data)), sequences))
     judged = as_batches(held_out) if held_out is not None else None
     if judged is None:
         cut = len(rows) - max(1, len(rows) // 4)
@@ -181,12 +182,3 @@ def _try(
     except (ValueError, LinalgError) as error:
         return Trial(method, allocation, math.inf, 0.0, time.perf_counter() - start, str(error))
     return Trial(method, allocation, value, result.ratio, seconds)
-
-
-def _rows(batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Each sequence of the batches by itself."""
-    return [
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    ]

@@ -16,16 +16,15 @@ from .. import catalog
 from ..linalg.rank import Form
 from ..models.calibrate import Statistics
 from ..models.evaluate import model_bytes, num_parameters, peak_memory
-from ..models.finite import check_finite
 from ..models.groups import evaluating
 from ..models.quantizer import mark
 from ..models.result import Result
-from ..models.select import Where, linears
+from ..models.select import Where
 from ..options import make
 from ..structures import EckartWarning
 from .budget import Budget
 from .checks import check_promises, check_untouched, describe
-from .contract import LayerMethod, ModelMethod, ModuleMethod
+from .contract import LayerMethod, ModelMethod
 from .policies import Policy
 from .runner import Weights
 from .work import AnyMethod, Request, policy_of, prepare
@@ -107,9 +106,6 @@ def compress(
     request = Request(
         name, chosen, budget, policy, form, where, data, tokenizer, dict(statistics or {}), weights, progress
     )
-    if isinstance(chosen, LayerMethod | ModuleMethod) or chosen.on_linears:
-        linears(model, where)  # its message about a wrong `where` comes before that about NaN
-    check_finite(model)
     parameters, size = num_parameters(model), model_bytes(model)
     with torch.inference_mode(False):  # the parts of a model are found by gradients
         work = prepare(model, request)

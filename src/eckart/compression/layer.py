@@ -12,7 +12,7 @@ from ..models.select import LinearRef
 from ..structures import LowRank, Structure
 from .contract import Factors, LayerMethod, StructureMethod, WeightMethod
 
-__all__ = ["compressed", "left_dense", "relative_error"]
+__all__ = ["compressed", "left_dense", "low_rank", "relative_error"]
 
 
 def left_dense(ref: LinearRef) -> LayerResult:
@@ -65,20 +65,10 @@ def _built(
 def _factored(
     ref: LinearRef, method: WeightMethod, statistics: Statistics, rank: int, form: Form
 ) -> tuple[LowRank, LayerResult]:
-    """Factorise one linear and store it in the wanted form.
-
-    Where the pivoted form would lose more to rounding than truncation did, `LowRank.from_factors` falls
-    back to plain factors, which cost more numbers: the rank is then lowered to stay within the budget.
-    """
+    """Factorise one linear and store it in the wanted form."""
     weight = ref.weight.detach()
     try:
-        factors = method.factorize(weight, statistics, rank)
-        structure = _stored(ref, weight, factors, form)
-        if structure.form != form:
-            budget = num_parameters(*ref.shape, rank, form)
-            lower = max(1, budget // sum(ref.shape))
-            factors = factors.truncate(lower)
-            structure = _stored(ref, weight, factors, structure.form)
+        structure, factors = low_rank(ref, method.factorize(weight, statistics, rank), rank, form)
     except LinalgError as failure:
         raise LinalgError(f"{ref.name}: {failure}") from failure
     if not all(all_finite(p) for p in structure.parameters()):
@@ -86,6 +76,24 @@ def _factored(
     parameters = structure.num_parameters() - (0 if ref.bias is None else ref.out_features)
     error = relative_error(weight, factors.up.float() @ factors.down.float(), statistics)
     return structure, LayerResult(ref.name, ref.shape, structure.rank, structure.form, parameters, error)
+
+
+def low_rank(ref: LinearRef, factors: Factors, rank: int, form: Form) -> tuple[LowRank, Factors]:
+    """Factors in place of a linear, with its bias, in no more numbers than this rank takes in the wanted form.
+
+    Where the pivoted form would lose more to rounding than truncation did, `LowRank.from_factors` falls
+    back to plain factors, which cost more numbers: the rank is then lowered to stay within the budget.
+
+    Returns:
+        The structure, and the factors that are in it.
+    """
+    weight = ref.weight.detach()
+    structure = _stored(ref, weight, factors, form)
+    if structure.form != form:
+        budget = num_parameters(*ref.shape, rank, form)
+        factors = factors.truncate(max(1, budget // sum(ref.shape)))
+        structure = _stored(ref, weight, factors, structure.form)
+    return structure, factors
 
 
 def _stored(ref: LinearRef, weight: torch.Tensor, factors: Factors, form: Form) -> LowRank:

@@ -27,7 +27,8 @@ from ..models.parts import AttentionPart, MLPPart
 from ..models.select import LinearRef
 from ..models.slices import columns_of, rows_of_linear
 from ..structures import LowRank, Structure
-from .contract import Change, ModuleMethod
+from .contract import Change, Factors, ModuleMethod
+from .layer import low_rank
 from .policies import attention_shares
 
 __all__ = ["LoRAP", "channel_scores", "kept_channels"]
@@ -132,17 +133,10 @@ def _factors(ref: LinearRef, moment: Tensor, rank: int, form: Form) -> tuple[Low
     # A channel that was never seen counts a little, as in the published code.
     measure = moment.clamp(min=1e-8 * float(moment.max().clamp(min=1e-300)))
     best = weighted_svd(weight, measure, rank)
-    up, down = best.basis, best.basis.mT @ weight.to(best.basis.dtype)
-    bias = None if ref.bias is None else ref.bias.detach()
-    structure = LowRank.from_factors(
-        up, down, bias=bias, form=form, dtype=weight.dtype, truncation_error=float((weight - up @ down).norm())
-    )
-    if structure.form != form:  # rounding would cost the pivoted form more: plain factors of the rank that fits
-        lower = max(1, rank_for_parameters(*ref.shape, rank * (sum(ref.shape) - rank), "plain"))
-        up, down = up[:, :lower], down[:lower]
-        structure = LowRank.from_factors(up, down, bias=bias, form="plain", dtype=weight.dtype)
+    found = Factors(best.basis, best.basis.mT @ weight.to(best.basis.dtype))
+    structure, factors = low_rank(ref, found, rank, form)
     whole = float((weight.double().square() @ measure).sum())
-    lost = float(((weight - up @ down).double().square() @ measure).sum())
+    lost = float(((weight - factors.up @ factors.down).double().square() @ measure).sum())
     return structure, (lost / whole) ** 0.5 if whole else 0.0
 
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..models.batches import with_labels
 from ..models.parts import AttentionPart, MLPPart, parts
 from ..models.progress import track
 from ..models.result import LayerResult
@@ -181,8 +182,7 @@ class LoRAPrune(ModelMethod):
         for step in track(range(self.steps), "prune and train", enabled=job.progress):
             batch = {key: value.to(device) for key, value in next(batches).items()}
             if "labels" not in batch:
-                present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-                batch["labels"] = batch["input_ids"].masked_fill(~present, -100)
+                batch = with_labels(batch)
             loss = tuned(**batch).loss
             if not bool(loss.isfinite()):
                 raise ValueError(

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..models.batches import as_batches
+from ..models.batches import as_batches, single_examples, with_labels
 from ..models.evaluate import perplexity
 from ..models.groups import evaluating
 from ..models.progress import track
@@ -216,15 +216,12 @@ def _schedule(done: float, step: int, steps: int) -> float:
 
 def _sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Each sequence by itself, with labels where it has a token to learn."""
-    found = []
-    for batch in batches:
-        if "input_ids" not in batch:
-            raise ValueError("recovery is for language models: batches need input_ids")
-        ids = batch["input_ids"]
-        present = batch.get("attention_mask", torch.ones_like(ids))
-        labels = batch.get("labels", ids).masked_fill(~present.bool(), -100)
-        for row, mask, label in zip(ids, present, labels, strict=True):
-            found.append({"input_ids": row[None], "attention_mask": mask[None], "labels": label[None]})
+    if any("input_ids" not in batch for batch in batches):
+        raise ValueError("recovery is for language models: batches need input_ids")
+    rows = [with_labels(row) for row in single_examples(batches)]
+    kept = ("input_ids", "attention_mask", "labels")
+    # Without a mask all tokens count; with one everywhere, sequences of one length fit together.
+    found = [{key: row.get(key, torch.ones_like(row["input_ids"])) for key in kept} for row in rows]
     return [one for one in found if bool(one["labels"][:, 1:].ne(-100).any())]
 
 

@@ -13,6 +13,7 @@ from ..linalg.rank import Form
 from ..models.batches import as_batches, text_batches
 from ..models.calibrate import SEQUENTIAL, Statistics, calibrate
 from ..models.evaluate import model_bytes
+from ..models.finite import check_finite
 from ..models.heads import head_axes
 from ..models.influence import block_influence
 from ..models.replay import Batch
@@ -146,6 +147,7 @@ def prepare(model: nn.Module, request: Request) -> Work:
         return _Whole.of(model, method, request)
     repeated = blocks(model)
     selection = inside_blocks(linears(model, request.where), repeated)
+    check_finite(model)
     if isinstance(method, ModuleMethod):
         return _modules(model, method, request, repeated, selection)
     return _layers(model, method, request, repeated, selection)
@@ -232,6 +234,7 @@ class _Whole:
         if method.on_linears:
             selection = inside_blocks(linears(model, request.where), blocks(model))
             members, skipped = selection.linears, selection.skipped
+        check_finite(model)
         batches = request.batches() if method.data else []
         job = Job(model, request.budget.value, members, batches, request.progress)
         method.check(job)

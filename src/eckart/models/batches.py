@@ -189,6 +189,19 @@ def single_examples(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[B
             yield {key: t[row : row + 1] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}
 
 
+def with_labels(batch: Mapping[str, torch.Tensor]) -> Batch:
+    """A batch whose labels, by default its own tokens, leave padding out.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 0]])}
+        >>> with_labels(batch)["labels"].tolist()
+        [[5, -100]]
+    """
+    ids = batch["input_ids"]
+    present = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    return {**batch, "labels": batch.get("labels", ids).masked_fill(~present, -100)}
+
+
 def _batch(element: Any) -> Batch:
     if isinstance(element, torch.Tensor):
         if element.is_floating_point():
