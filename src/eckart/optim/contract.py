@@ -233,7 +233,7 @@ class ProjectedMethod(OptimizerMethod):
             state: Of this matrix.
             step: Where the parameter is in its training.
         """
-        return self.lift(n, a, state).mul_(self.scale)
+        return self.lift(n * self.scale, a, state)
 
 
 def turned(gradient: Tensor, side: Side) -> Tensor:

@@ -187,16 +187,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         step = Step(int(state["step"]), index, self._seed, group["lr"] / initial if initial else 1.0)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         own = local(parameter.detach())
-        gradient, weight = parameter.grad.to(dtype), from_local(dense(own), parameter)
+        plain = dense(own)
+        gradient, weight = parameter.grad.to(dtype), from_local(plain, parameter)
         if fits:
             update = method.direction(gradient, state, step, weight)
         else:
             update = method.moments().direction(gradient, state, step.number)
         decay = group["lr"] * group["weight_decay"]
         mask = method.decay_mask(weight, state) if fits and decay else None
-        value = local(weight).to(dtype) * (1 - decay if mask is None else 1 - decay * local(mask).to(dtype))
+        # A copy of a large weight and the way back take as long as a projection; most weights need neither.
+        in_place = plain is own and own.dtype == dtype
+        value = own if in_place else plain.to(dtype, copy=True)
+        if decay:
+            value.mul_(1 - decay if mask is None else 1 - decay * local(mask).to(dtype))
         value.sub_(local(update), alpha=group["lr"])
-        write_back(own, value, step.generator(own.device), at_random=self._stochastic)
+        if not in_place:
+            write_back(own, value, step.generator(own.device), at_random=self._stochastic)
 
     def _usable(self, found: Sequence[tuple[str, Tensor, dict[str, Any], int]]) -> bool:
         """Whether the gradients can be used; False for a step to be skipped."""
