@@ -2,20 +2,24 @@
 
 python benchmarks/optimizer_cost.py
 
-galore-torch is measured where it is installed: pip install --no-deps galore-torch
+galore-torch is measured where it is installed: pip install --no-deps galore-torch. `--draw` writes the tables of
+docs/optimize-lm.md again.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleaved, medians, ratio, record
-from optimize_lm import Size, bytes_of_state, llama, ours, plain
+from adapter_job import write_table
+from common import RESULTS, interleaved, medians, ratio, record
+from optimize_lm import PAGE, Size, bytes_of_state, llama, ours, plain
 from torch import nn
 
 from eckart.linalg import dct_matrix
@@ -91,8 +95,10 @@ def dct_refresh(figures: dict[str, float]) -> None:
     )
 
 
-def over_sizes(figures: dict[str, float]) -> None:
+def over_sizes() -> dict[str, dict[str, dict[str, float]]]:
+    """What an update takes and what the state holds, a parameter, by optimizer and size."""
     names = ("galore", "galore 8-bit", "fira", "dct-adamw", "gwt")
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for label, size in SIZES.items():
         model = llama(size)
         generator = torch.Generator().manual_seed(0)
@@ -105,16 +111,34 @@ def over_sizes(figures: dict[str, float]) -> None:
             optimizers[name] = ours(name.removesuffix(" 8-bit"), bits=8 if name.endswith("8-bit") else 32)(model, 1e-5)
         seconds = medians(interleaved({name: one.step for name, one in optimizers.items()}, repeats=5))
         for name, one in optimizers.items():
-            figures[f"{label} ({count / 1e6:.1f}M), {name}: ns an update and parameter"] = seconds[name] / count * 1e9
-            figures[f"{label}, {name}: bytes of state a parameter"] = bytes_of_state(one) / count
+            cost = {"ns an update": seconds[name] / count * 1e9, "bytes of state": bytes_of_state(one) / count}
+            found.setdefault(name, {})[f"{count / 1e6:.1f}M"] = cost
+            print(f"{name}, {label}: {cost}", flush=True)
+    return found
+
+
+def draw(row: dict[str, Any]) -> None:
+    """Write the tables of the page."""
+    shown = {"figure": lambda name, value: name, "": lambda name, value: f"{value:,.3g}"}
+    write_table(PAGE, shown, row["figures"], "cost")
+    sizes = list(next(iter(row["sizes"].values())))
+    columns: dict[str, Callable[[str, Any], str]] = {"optimizer": lambda name, costs: name}
+    for size in sizes:
+        columns[f"{size}, ns"] = lambda name, costs, size=size: f"{costs[size]['ns an update']:.1f}"
+    for size in sizes:
+        columns[f"{size}, bytes"] = lambda name, costs, size=size: f"{costs[size]['bytes of state']:.2f}"
+    write_table(PAGE, columns, row["sizes"], "sizes")
 
 
 def main() -> None:
-    figures: dict[str, float] = {}
-    against_galore_torch(figures)
-    dct_refresh(figures)
-    over_sizes(figures)
-    record("optimizer_cost", figures)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--draw", action="store_true", help="only write the tables of the page")
+    if not parser.parse_args().draw:
+        figures: dict[str, float] = {}
+        against_galore_torch(figures)
+        dct_refresh(figures)
+        record("optimizer_cost", figures, sizes=over_sizes())
+    draw(json.loads((RESULTS / "optimizer_cost.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

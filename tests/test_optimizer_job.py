@@ -26,7 +26,7 @@ def job(tmp_path, monkeypatch):
     size = optimize_lm.SMOKE
     tuning = optimize_lm.tuning(size, model, tiny_checkpoints.tokenizer(), source=sums)
     yield optimize_lm, (optimize_lm.pretraining(size, source=words), tuning)
-    for name in ("optimize_lm", "adapter_job", "common", "language_model"):
+    for name in ("optimize_lm", "optimizer_cost", "adapter_job", "common", "language_model"):
         sys.modules.pop(name, None)
 
 
@@ -75,3 +75,25 @@ def test_a_table_and_a_picture(job, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     module.draw(path)
     assert picture.stat().st_size > 1000
+
+
+def test_what_an_update_costs_is_measured_and_drawn(job, tmp_path, monkeypatch):
+    import optimizer_cost
+
+    small = job[0].Size(width=32, layers=1)
+    monkeypatch.setattr(optimizer_cost, "SIZES", {"tiny": small, "small": job[0].Size(width=64, layers=1)})
+    monkeypatch.setattr(optimizer_cost, "WIDTH", 64)
+    monkeypatch.setattr(optimizer_cost, "RANK", 8)
+    monkeypatch.setattr(optimizer_cost, "PAGE", tmp_path / "page.md")
+    page = optimizer_cost.PAGE
+    page.write_text("<!-- cost -->\n<!-- end -->\n<!-- sizes -->\n<!-- end -->\n")
+    figures: dict[str, float] = {}
+    optimizer_cost.dct_refresh(figures)
+    sizes = optimizer_cost.over_sizes()
+    optimizer_cost.draw({"figures": figures, "sizes": sizes})
+    cells = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| galore |")]
+    assert len(cells) == 1
+    assert len(cells[0]) == 1 + 2 * 2
+    assert figures["dct-adamw: bytes that stand for the basis"] == 8 * 4
+    [adam] = [{size: cost["bytes of state"] for size, cost in sizes["adamw"].items()}]
+    assert all(abs(count - 8) < 0.1 for count in adam.values())
