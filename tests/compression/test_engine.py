@@ -253,6 +253,21 @@ def test_what_it_cannot_do_is_refused_before_anything_is_started(method, options
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cluster_that_is_not_there(llama, tmp_path, monkeypatch):
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", unreachable)
+    with pytest.raises(EngineError) as caught:
+        go(llama, tmp_path / "out", "svd", engine="ray")
+    assert str(caught.value) == (
+        "Ray cannot be reached or started (ConnectionError: Could not find any running Ray instance); "
+        'check RAY_ADDRESS, or use --engine local (engine="local")'
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_engine_and_a_missing_ray(llama, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^engine must be one of local, ray, not 'dask'$"):
         go(llama, tmp_path / "out", "svd", engine="dask")

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 import tiny_models
-from eckart.compression import compress_checkpoint
+from eckart.compression import compress_checkpoint, runner
 from eckart.compression.layer import Fit
 from eckart.compression.runner import Walk
 from eckart.models import CheckpointError
+from eckart.models.calibrate import collect
 from eckart.models.journal import UNFINISHED
 from eckart.models.stream import StreamedModel
 from eckart.structures import EckartWarning
@@ -111,6 +112,23 @@ def test_other_families(family, method, tmp_path, monkeypatch):
     ended(monkeypatch, len(result.layers) // 2 + 2, tmp_path / "dense", tmp_path / "out", method, data=data)
     assert (partial(tmp_path / "out") / UNFINISHED).is_file()
     go(tmp_path / "dense", tmp_path / "out", method, data=data, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_layers_that_no_token_reached_are_still_named(llama, tmp_path, monkeypatch):
+    silent = "model.layers.0.mlp.up_proj"
+
+    def without_it(*args: Any) -> Any:
+        found, hidden = collect(*args)
+        found.pop(silent, None)
+        return found, hidden
+
+    monkeypatch.setattr(runner, "collect", without_it)
+    expected = go(llama, tmp_path / "whole", "svd-llm")
+    ended(monkeypatch, LINEARS + 2, llama, tmp_path / "out", "svd-llm")
+    found = go(llama, tmp_path / "out", "svd-llm", resume=True)
+    assert found.warnings == expected.warnings == [f"{silent} saw no calibration token and stay dense"]
+    assert found.layers == expected.layers
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 

@@ -193,9 +193,8 @@ class Ray:
             except ray.exceptions.RayTaskError as failure:
                 raise failure.cause from None  # what the task raised
             except ray.exceptions.RayError as failure:
-                reason = " ".join(str(failure).split()).partition(". ")[0]
                 raise EngineError(
-                    f"Ray gave up a task ({type(failure).__name__}: {reason}); look at its workers, or use "
+                    f"Ray gave up a task ({_in_short(failure)}); look at its workers, or use "
                     '--engine local (engine="local")'
                 ) from failure
             self._pending.discard(reference)
@@ -209,7 +208,13 @@ class Ray:
         ray = _ray()
         if self._submitted is None:
             if not ray.is_initialized():
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                try:
+                    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                except Exception as failure:  # of many kinds: no such address, another version, no memory
+                    raise EngineError(
+                        f"Ray cannot be reached or started ({_in_short(failure)}); check RAY_ADDRESS, or use "
+                        '--engine local (engine="local")'
+                    ) from failure
                 self._owned = True
             self._submitted = ray.remote(num_cpus=1, max_retries=_RETRIES)(_in_a_worker)
         return ray
@@ -229,6 +234,12 @@ def _ray() -> Any:
     except ImportError as error:
         raise ImportError("the ray engine needs Ray: pip install 'eckart[ray]'") from error
     return ray
+
+
+def _in_short(failure: Exception) -> str:
+    """The kind and the first sentence of what Ray says at length."""
+    sentence = " ".join(str(failure).split()).partition(". ")[0].rstrip(".")
+    return f"{type(failure).__name__}: {sentence}"
 
 
 def _without_data(members: Sequence[LinearRef]) -> dict[str, Statistics]:

@@ -56,9 +56,10 @@ class Finished:
         Raises:
             ValueError: it was asked for something else, which the message names.
         """
+        weights = set(self._streamed.reader.files.values())
         self._journal.begin(
             {
-                "model": _state_of(self._streamed.reader.files.values()),
+                "model": _state_of(weights | {file.with_name("config.json") for file in weights}),
                 **settings,
                 "layers": list(layers),
                 "calibration": fingerprint(batches, given),
