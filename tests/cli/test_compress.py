@@ -311,6 +311,14 @@ def test_layers_left_alone_are_listed(tmp_path, run):
         (("--where", "*.q_prj"), "where='*.q_prj' matches no layer; nearest: model.layers."),
         (("--stream", "--dtype", "float32"), "leave out --dtype and --device"),
         (("--stream", "--method", "fwsvd"), "it cannot be streamed"),
+        (("--resume",), "--resume and --engine ray work block by block: add --stream"),
+        (("--engine", "ray"), "--resume and --engine ray work block by block: add --stream"),
+        (("--engine", "spark"), "--engine must be one of local, ray, not 'spark'"),
+        (("--engine", "ray", "--stream"), "pifa fits each layer to what became of those before it; use --engine local"),
+        (
+            ("--engine", "ray", "--stream", "--method", "lorap"),
+            "lorap does not work weight by weight; use --engine local",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -466,7 +474,7 @@ def test_a_full_disk_leaves_nothing_and_damages_nothing(tiny, tmp_path, refused,
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "stream"])
-def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, run, monkeypatch, stream):
+def test_an_interrupted_run_leaves_nothing_but_finished_blocks(tiny, tmp_path, run, monkeypatch, stream):
     done = []
 
     def interrupted(*args, **kwargs):
@@ -476,10 +484,61 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, run, monkeypatch, str
         return factorize(*args, **kwargs)
 
     factorize = SVD.factorize
-    monkeypatch.setattr(SVD, "factorize", interrupted)
-    args = ("--method", "svd", "--no-eval", *stream, "--out", tmp_path / "parent" / "small")
-    assert run("compress", tiny, *args) == (130, "", "eckart: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    args = ("compress", tiny, "--method", "svd", "--no-eval", *stream, "--out", tmp_path / "parent" / "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(SVD, "factorize", interrupted)
+        code, out, err = run(*args)
+    if not stream:
+        assert (code, out, err) == (130, "", "eckart: interrupted\n")
+        assert list(tmp_path.iterdir()) == []
+        return
+    partial = tmp_path / "parent" / ".small.partial"
+    note = f"eckart: note: what is finished is kept in {partial}: go on with --resume\n"
+    assert (code, out, err) == (130, "", note + "eckart: interrupted\n")
+    assert [file.name for file in partial.glob("*.safetensors")] == ["model-00001-of-00003.safetensors"]
+
+
+def test_leftovers_are_refused_before_any_work_gone_on_with_or_replaced(tiny, tmp_path, run, refused, monkeypatch):
+    out = tmp_path / "small"
+    args = ("compress", tiny, *QUICK, "--method", "svd-llm", "--stream", "--out", out)
+    assert run(*args[:-1], tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        _full_after_one_shard(patch)
+        code, _, err = run(*args)
+    partial = tmp_path / ".small.partial"
+    kept = f"what is finished is kept in {partial}: go on with --resume"
+    assert (code, err) == (1, f"eckart: error: cannot write {out}: No space left on device; {kept}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("eckart.models.resolve", lambda *args, **kwargs: pytest.fail("it looked for the model"))
+        refused(*args, message=f"an earlier run for {out} left {partial}; go on with resume (--resume), or start anew")
+    message = 'differs in budget ({"ratio": 0.2}, now {"ratio": 0.4}); ask for the same, or start anew with force'
+    refused(*args, "--ratio", 0.4, "--resume", message=message)
+    refused(*args, "--samples", 3, "--resume", message="differs in calibration; ask for the same")
+    assert run(*args, "--resume")[0] == 0
+    assert _files(out) == _files(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _full_after_one_shard(patch)
+        assert run(*args, "--force")[0] == 1
+    assert _files(out) == _files(tmp_path / "whole"), "it is replaced when the new one is whole"
+    assert run(*args, "--ratio", 0.4, "--force")[0] == 0
+    assert _files(out).keys() == _files(tmp_path / "whole").keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "whole"}
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def _full_after_one_shard(patch: pytest.MonkeyPatch) -> None:
+    save_file = safetensors.torch.save_file
+
+    def save(tensors, path, **kwargs):
+        if "00001" not in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **kwargs)
+
+    patch.setattr("eckart.models.stream.save_file", save)
 
 
 _SLOW = """
@@ -503,8 +562,9 @@ sys.exit(main({args!r}))
 """
 
 
-def test_ctrl_c_leaves_no_half_written_directory(tiny, tmp_path):
-    out = tmp_path / "parent" / "small"
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_from_outside_can_be_resumed(sent, tiny, tmp_path, run):
+    out, partial = tmp_path / "parent" / "small", tmp_path / "parent" / ".small.partial"
     args = ["compress", str(tiny), "--method", "svd", "--stream", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW.format(args=args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -512,10 +572,18 @@ def test_ctrl_c_leaves_no_half_written_directory(tiny, tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     printed, errors = process.communicate(timeout=30)
-    assert (process.returncode, printed, errors) == (130, "", "eckart: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in out.parent.iterdir()] == [partial.name]
+    if sent == signal.SIGINT:
+        note = f"eckart: note: what is finished is kept in {partial}: go on with --resume\n"
+        assert (process.returncode, printed, errors) == (130, "", note + "eckart: interrupted\n")
+    else:
+        assert (process.returncode, printed, errors) == (-signal.SIGKILL, "", "")
+    assert run(*args, "--resume")[0] == 0
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    assert run(*args[:-1], tmp_path / "whole")[0] == 0
+    assert _files(out) == _files(tmp_path / "whole")
 
 
 # --- small parts

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from eckart.compression import compress, compress_checkpoint
 from eckart.models import load, save
-from eckart.models.stream import CheckpointReader, StreamedModel
+from eckart.models.reader import CheckpointReader
+from eckart.models.stream import StreamedModel
 
 AUTO = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM", "vit": "AutoModelForImageClassification"}
 

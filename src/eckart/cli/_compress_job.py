@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from eckart.cli._compare import Comparison, measure, weights_on_disk
 from eckart.cli._options import load_model
+from eckart.cli._output import print_note
 from eckart.cli._texts import Texts
 
 if TYPE_CHECKING:
+    from eckart.compression.engine import EngineName
     from eckart.compression.recover import Recovered, Train
     from eckart.compression.work import AnyMethod
 
@@ -106,7 +108,7 @@ class Job:
             recovered=recovered,
         )
 
-    def streamed(self) -> Comparison:
+    def streamed(self, engine: EngineName, *, resume: bool) -> Comparison:
         """Compress from disk to disk."""
         from transformers import AutoConfig
 
@@ -118,9 +120,17 @@ class Job:
         tokenizer = load_tokenizer(self.source)
         config = AutoConfig.from_pretrained(self.source)
         data = self.texts.to_calibrate(self.model, config, tokenizer) if self.needs_text else []
-        with _kept_for_the_end():
+        with _kept_for_the_end(), _notes_printed():
             result = compress_checkpoint(
-                self.source, self.out, self.method, data=data, tokenizer=tokenizer, force=self.force, **self.settings
+                self.source,
+                self.out,
+                self.method,
+                data=data,
+                tokenizer=tokenizer,
+                force=self.force,
+                resume=resume,
+                engine=engine,
+                **self.settings,
             )
         reason = f"the model was streamed; try: eckart eval {self.out}"
         return Comparison(self.model, self.out, result, (on_disk, weights_on_disk(self.out)), not_measured=reason)
@@ -155,3 +165,14 @@ def _kept_for_the_end() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EckartWarning)
         yield
+
+
+@contextlib.contextmanager
+def _notes_printed() -> Iterator[None]:
+    """What an interrupted run has kept, which its exception says beside its message."""
+    try:
+        yield
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):
+            print_note("note", note)
+        raise

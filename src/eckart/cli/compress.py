@@ -77,6 +77,13 @@ def command(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read, compress and write block by block; for models larger than memory.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --stream: go on after the last block that an earlier run finished.")
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(help="Who factorises: local, or ray: with --stream, on all cores of a Ray cluster."),
+    ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it holds a model.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -86,11 +93,13 @@ def command(
     """Make a model's weights smaller under a budget, show what that cost and gained, and save it."""
     prepare(dtype, device)
     from eckart.compression import Budget
+    from eckart.compression.engine import EngineName, Ray
     from eckart.compression.policies import Policy
     from eckart.compression.recover import Train
     from eckart.compression.work import needs_data
     from eckart.linalg.rank import Form
     from eckart.models import check_target, resolve
+    from eckart.models.journal import check_unfinished
 
     # Everything that can be wrong with the request is found before a model is loaded.
     budget = Budget.of(ratio=ratio, rank=rank, bytes=parse_bytes(size) if size else None, energy=energy)
@@ -106,7 +115,14 @@ def command(
     one_of("--recover-with", recover_with, get_args(Train))
     if stream and (dtype != "auto" or device != "cpu"):
         raise ValueError("--stream works on the CPU in the checkpoint's own type; leave out --dtype and --device")
+    one_of("--engine", engine, get_args(EngineName))
+    if not stream and (resume or engine == "ray"):
+        raise ValueError("--resume and --engine ray work block by block: add --stream, or leave them (--engine local)")
+    if engine == "ray":
+        Ray.check(chosen, method)
     check_target(out, force=force)
+    if stream:
+        check_unfinished(out, force=force, resume=resume)
     texts = Texts(data, eval_data, field, samples, length, batch_size)
     texts.check()
     policy = cast(Policy | None, allocation or None)
@@ -127,7 +143,10 @@ def command(
         needs_text=bool(recover) or chosen is None or needs_data(chosen, budget, policy),
         recovery=Recovery(recover, cast(Train, recover_with), recover_rate) if recover else None,
     )
-    comparison = job.streamed() if stream else job.in_memory(dtype, device, measured=measured)
+    if stream:
+        comparison = job.streamed(cast(EngineName, engine), resume=resume)
+    else:
+        comparison = job.in_memory(dtype, device, measured=measured)
     print_json(comparison.to_dict()) if as_json else comparison.print()
     for message in comparison.result.warnings:
         print_note("warning", message)

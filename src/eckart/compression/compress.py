@@ -26,8 +26,8 @@ from .budget import Budget
 from .checks import check_promises, check_untouched, describe
 from .contract import LayerMethod, ModelMethod
 from .policies import Policy
-from .runner import Weights
-from .work import AnyMethod, Request, policy_of, prepare
+from .runner import Walk
+from .work import AnyMethod, Request, Streaming, policy_of, prepare
 
 __all__ = ["compress", "make_method", "name_of"]
 
@@ -47,7 +47,7 @@ def compress(
     allocation: Policy | None = None,
     form: Form = "pivoted",
     progress: bool = True,
-    weights: Weights | None = None,
+    streaming: Streaming | None = None,
     **options: Any,
 ) -> Result:
     """Replace the selected weights of a model by low-rank factors, in place.
@@ -71,7 +71,7 @@ def compress(
             "lorap"; default the method's own.
         form: "pivoted" (fewer numbers at the same rank, lossless) or "plain" (two factors).
         progress: show bars with the time left.
-        weights: where the blocks' weights are, for models that do not fit (`eckart.compression.stream`).
+        streaming: for models that do not fit, where the weights are and who factorises (`eckart.compression.stream`).
         options: the method's own options, when it is given by name.
 
     Returns:
@@ -104,7 +104,7 @@ def compress(
     check_untouched(model)
     name = name_of(chosen)
     request = Request(
-        name, chosen, budget, policy, form, where, data, tokenizer, dict(statistics or {}), weights, progress
+        name, chosen, budget, policy, form, where, data, tokenizer, dict(statistics or {}), streaming, progress
     )
     parameters, size = num_parameters(model), model_bytes(model)
     with torch.inference_mode(False):  # the parts of a model are found by gradients
@@ -118,6 +118,10 @@ def compress(
         "where": _in_words(where),
     }
     entry = {"verb": "compress", "method": name, **settings}
+    if streaming is not None:
+        assert isinstance(work, Walk)  # no other scope can be streamed
+        names = [ref.name for ref in work.plan.members]
+        streaming.finished.begin({"method": name, **settings}, names, work.batches, work.given)
     try:
         # Factors made in inference mode could never be trained.
         with (

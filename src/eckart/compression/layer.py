@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
 from ..linalg import LinalgError, all_finite, num_parameters, weighted_norm
@@ -12,7 +15,46 @@ from ..models.select import LinearRef
 from ..structures import LowRank, Structure
 from .contract import Factors, LayerMethod, StructureMethod, WeightMethod
 
-__all__ = ["compressed", "left_dense", "low_rank", "relative_error"]
+__all__ = ["Fit", "Measure", "compressed", "left_dense", "low_rank", "relative_error"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Compresses any of the selected linears: a task for an `eckart.compression.engine.Engine`.
+
+    Attributes:
+        method: how to factorise.
+        ranks: rank of each linear by name.
+        form: how factors are stored.
+    """
+
+    method: LayerMethod
+    ranks: Mapping[str, int]
+    form: Form
+
+    def __call__(self, ref: LinearRef, statistics: Statistics | None) -> tuple[Structure | None, LayerResult]:
+        """As `compressed`; a linear that no token came to, or that would not become smaller, stays dense."""
+        rank = self.ranks[ref.name]
+        if statistics is None or rank >= min(ref.shape):
+            return None, left_dense(ref)
+        return compressed(ref, self.method, statistics, rank, self.form)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The spectrum (min(m, n),) of any linear under a method's own measure: a task for an engine.
+
+    Attributes:
+        method: whose measure.
+    """
+
+    method: LayerMethod
+
+    def __call__(self, ref: LinearRef, statistics: Statistics | None) -> torch.Tensor:
+        """All ones where no token came."""
+        if statistics is None:
+            return torch.ones(min(ref.shape))
+        return self.method.spectrum(ref.weight.detach(), statistics).cpu()
 
 
 def left_dense(ref: LinearRef) -> LayerResult:

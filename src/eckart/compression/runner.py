@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from ..linalg.rank import Form
 from ..models.calibrate import Statistics, collect, members_of
-from ..models.memory import release_memory
-from ..models.parallel import parallel_map
 from ..models.progress import track
 from ..models.replace import replace
 from ..models.replay import Batch, Hidden, Replay
@@ -22,11 +20,15 @@ from ..models.topology import Block
 from ..structures import Structure
 from .budget import Budget, kinds_of
 from .contract import LayerMethod, WeightMethod
-from .layer import compressed, left_dense
+from .engine import Engine, Local, Task
+from .finished import Finished
+from .layer import Fit, Measure
 from .pair import Pair
 from .policies import Policy
 
 __all__ = ["Plan", "Walk", "Weights"]
+
+R = TypeVar("R")
 
 
 class Weights(Protocol):
@@ -80,7 +82,8 @@ class Walk:
         weights: where the weights live.
         given: statistics gathered beforehand for the whole model (gradients), by linear.
         progress: show bars.
-        workers: threads that factorise side by side; default torch's.
+        engine: who factorises; default torch's number of threads.
+        finished: what an earlier run has done of it, and where this one says what it has done.
         layers: what was done, in the model's order at the end.
         unreached: selected linears that saw no calibration token.
         skipped: linears that are left alone, with the reason.
@@ -93,7 +96,8 @@ class Walk:
     weights: Weights = field(default_factory=InMemory)
     given: dict[str, Statistics] = field(default_factory=dict)
     progress: bool = True
-    workers: int | None = None
+    engine: Engine = field(default_factory=Local)
+    finished: Finished | None = None
     layers: dict[str, LayerResult] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -106,104 +110,128 @@ class Walk:
 
     def run(self) -> None:
         """Choose the ranks, then factorise and replace every selected linear."""
+        task = Fit(self.plan.method, self._ranks(), self.plan.form)
+        if self.plan.method.sequential:
+            self._compensating(task)
+        else:
+            self._independent(task)
+        missing = [ref.name for ref in self.plan.members if ref.name not in self.layers]
+        if missing:
+            raise RuntimeError(f"{len(missing)} selected layers were not visited, such as {missing[0]}")
+        self.layers = {ref.name: self.layers[ref.name] for ref in self.plan.members}
+
+    def _ranks(self) -> Mapping[str, int]:
         plan = self.plan
-        survey = self._survey() if plan.budget.needs_spectra(plan.policy) else None
+        surveyed = plan.budget.needs_spectra(plan.policy)
+        if self.finished is not None and self.finished.ranks is not None:
+            return self.finished.ranks
         ranks = plan.budget.ranks(
             {ref.name: ref.shape for ref in plan.members},
             policy=plan.policy,
             form=plan.form,
-            spectra=survey,
+            spectra=self._survey() if surveyed else None,
             kinds=kinds_of([ref.name for ref in plan.members]),
             shares=plan.shares,
             limits=plan.method.limits,
             model_bytes=plan.model_bytes,
             bytes_per_parameter=plan.members[0].dtype.itemsize,
         )
-        if plan.method.sequential:
-            self._compensating(ranks)
-        else:
-            self._independent(ranks)
-        missing = [ref.name for ref in plan.members if ref.name not in self.layers]
-        if missing:
-            raise RuntimeError(f"{len(missing)} selected layers were not visited, such as {missing[0]}")
-        self.layers = {ref.name: self.layers[ref.name] for ref in plan.members}
+        if self.finished is not None and surveyed:
+            self.finished.keep_ranks(ranks)
+        return ranks
 
     def _survey(self) -> dict[str, torch.Tensor]:
         """Spectra of all selected weights under the method's own measure, from the dense model."""
         method, spectra = self.plan.method, {}
-        for members, statistics in self._dense_pass(method.surveys, "survey", changed=False):
-
-            def spectrum(ref: LinearRef, statistics: Mapping[str, Statistics] = statistics) -> torch.Tensor:
-                known = statistics.get(ref.name)
-                if known is None:
-                    return torch.ones(min(ref.shape))
-                return method.spectrum(ref.weight.detach(), known).cpu()
-
-            found = parallel_map(spectrum, members, cost=_cost, workers=self.workers)
+        for members, _, found in self._dense_pass(Measure(method), method.surveys, "survey", changed=False):
             spectra.update({ref.name: s for ref, s in zip(members, found, strict=True)})
         return spectra
 
-    def _independent(self, ranks: Mapping[str, int]) -> None:
+    def _independent(self, task: Fit) -> None:
         """Every layer on the dense model's inputs."""
-        for members, statistics in self._dense_pass(self.plan.method.gathers, "compress", changed=True):
-            for group in [members] if self.workers != 1 else _by_input(members, statistics):
-                self._fit(group, statistics, ranks)
-                if statistics is not self.given:
-                    for ref in group:  # a Gram matrix may be larger than the block itself
-                        statistics.pop(ref.name, None)
-                if self.workers == 1:
-                    release_memory()
+        for members, statistics, found in self._dense_pass(task, task.method.gathers, "compress", changed=True):
+            self._put(members, statistics, found)
 
     def _dense_pass(
-        self, needs: frozenset[str], title: str, *, changed: bool
-    ) -> Iterator[tuple[list[LinearRef], dict[str, Statistics]]]:
-        """Yield the linears of each block and their statistics in the dense model."""
+        self, task: Task[R], needs: frozenset[str], title: str, *, changed: bool
+    ) -> Iterator[tuple[list[LinearRef], dict[str, Statistics], Iterator[R]]]:
+        """Yield the linears of each block, their statistics in the dense model, and what a task makes of them."""
         hidden: Hidden | None = None
         replay = Replay(self.model, self.blocks, self.batches)
         forward = bool(needs) and not self.given
-        for index, block in enumerate(track(self.blocks, title, enabled=self.progress)):
-            members = members_of(block, self.plan.members)
-            with self.weights.visiting(index, changed=changed):
+        groups = [members_of(block, self.plan.members) for block in self.blocks]
+        done = self._done if changed else 0
+        ahead = self.engine.imap(task, groups[done:])
+        for index, members in enumerate(track(groups, title, enabled=self.progress)):
+            with self.weights.visiting(index, changed=changed and index >= done):
+                if index < done:
+                    if forward:
+                        hidden = replay.advance(index, replay.enter(index, hidden))
+                    self._restore(index)
+                    continue
                 statistics = self.given
                 if forward:
                     statistics, hidden = collect(replay, index, replay.enter(index, hidden), members, needs)
                 elif not needs:
                     statistics = {ref.name: Statistics() for ref in members}
-                yield members, statistics
+                yield members, statistics, self.engine.map(task, members, statistics) if needs else next(ahead)
+            if changed:
+                self._finish(members)
 
-    def _compensating(self, ranks: Mapping[str, int]) -> None:
+    def _compensating(self, task: Fit) -> None:
         """Every layer on the inputs that reach it once those before it are compressed."""
         pair = Pair(self.model, self.blocks, self.batches)
+        done = self._done
         for index, block in enumerate(track(self.blocks, "compress", enabled=self.progress)):
-            with self.weights.visiting(index, changed=True), pair.at(index):
-                members = members_of(block, self.plan.members)
+            members = members_of(block, self.plan.members)
+            with self.weights.visiting(index, changed=index >= done), pair.at(index):
+                if index < done:
+                    self._restore(index)
+                    continue
                 groups = pair.groups(members)
                 for group in groups:
-                    statistics = pair.statistics(group[0], self.plan.method.gathers)
-                    self._fit(group, {ref.name: statistics for ref in group}, ranks)
+                    shared = pair.statistics(group[0], task.method.gathers)
+                    statistics = {ref.name: shared for ref in group}
+                    self._put(group, statistics, self.engine.map(task, group, statistics))
                 reached = {ref.name for group in groups for ref in group}
-                self._fit([ref for ref in members if ref.name not in reached], {}, ranks)
+                rest = [ref for ref in members if ref.name not in reached]
+                self._put(rest, {}, self.engine.map(task, rest, {}))
+            self._finish(members)
 
-    def _fit(
-        self, members: Sequence[LinearRef], statistics: Mapping[str, Statistics], ranks: Mapping[str, int]
+    def _put(
+        self,
+        members: Sequence[LinearRef],
+        statistics: dict[str, Statistics],
+        found: Iterable[tuple[Structure | None, LayerResult]],
     ) -> None:
-        """Factorise these linears side by side and put the factors in their places."""
-
-        def fit(ref: LinearRef) -> tuple[Structure | None, LayerResult]:
-            known = statistics.get(ref.name)
-            rank = ranks[ref.name]
-            if known is None or rank >= min(ref.shape):
-                return None, left_dense(ref)
-            return compressed(ref, self.plan.method, known, rank, self.plan.form)
-
-        for ref, (structure, layer) in zip(
-            members, parallel_map(fit, members, cost=_cost, workers=self.workers), strict=True
-        ):
+        """Put factors in the places of these linears, one after the other."""
+        for ref, (structure, layer) in zip(members, found, strict=True):
             if ref.name not in statistics:
                 self.unreached.append(ref.name)
+            elif statistics is not self.given:
+                del statistics[ref.name]  # a Gram matrix may be larger than the block itself
             if structure is not None:
                 replace(self.model, ref.name, structure)
             self.layers[ref.name] = layer
+
+    @property
+    def _done(self) -> int:
+        """How many blocks an earlier run has finished."""
+        return 0 if self.finished is None else self.finished.blocks
+
+    def _restore(self, index: int) -> None:
+        """Have a block as an earlier run left it."""
+        assert self.finished is not None
+        layers, unreached = self.finished.restore(index)
+        self.layers.update({layer.name: layer for layer in layers})
+        self.unreached += unreached
+
+    def _finish(self, members: Sequence[LinearRef]) -> None:
+        """Say that a block is written."""
+        if self.finished is not None:
+            names = [ref.name for ref in members]
+            unreached = [name for name in self.unreached if name in names]
+            self.finished.add([self.layers[name] for name in names], unreached)
 
     def messages(self) -> list[str]:
         """What the user did not ask for: layers that stay dense, saw no data, or are stored in the other form."""
@@ -221,14 +249,3 @@ class Walk:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 found.append(f"{', '.join(names[:3])}{more} {reason}")
         return found
-
-
-def _by_input(members: Sequence[LinearRef], statistics: Mapping[str, Statistics]) -> list[list[LinearRef]]:
-    groups: dict[int, list[LinearRef]] = {}
-    for ref in members:
-        groups.setdefault(id(statistics.get(ref.name)), []).append(ref)
-    return list(groups.values())
-
-
-def _cost(ref: LinearRef) -> float:
-    return float(ref.out_features * ref.in_features * min(ref.shape))

@@ -23,13 +23,30 @@ from ..models.topology import Block, blocks
 from .budget import Budget
 from .checks import check_statistics, inside_blocks
 from .contract import Job, LayerMethod, ModelMethod, ModuleMethod
+from .engine import Engine
+from .finished import Finished
 from .modules import ModuleWalk, choose_parts
 from .policies import Policy, SharedPolicy, is_spectral, shares_of
-from .runner import InMemory, Plan, Walk, Weights
+from .runner import Plan, Walk, Weights
 
-__all__ = ["AnyMethod", "Request", "Work", "needs_data", "policy_of", "prepare"]
+__all__ = ["AnyMethod", "Request", "Streaming", "Work", "needs_data", "policy_of", "prepare"]
 
 AnyMethod = LayerMethod | ModuleMethod | ModelMethod
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a model is compressed whose weights stay on disk.
+
+    Attributes:
+        weights: where the blocks' weights are.
+        engine: who factorises.
+        finished: what an earlier run has done, and where this one says what it has done.
+    """
+
+    weights: Weights
+    engine: Engine
+    finished: Finished
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Request:
         data: calibration batches, if given.
         tokenizer: for a default text.
         given: statistics gathered beforehand.
-        weights: where the blocks' weights are, if not in memory.
+        streaming: how, if the weights are not in memory.
         progress: show bars.
     """
 
@@ -59,7 +76,7 @@ class Request:
     data: Iterable[Any] | None
     tokenizer: Any
     given: dict[str, Statistics]
-    weights: Weights | None
+    streaming: Streaming | None
     progress: bool
 
     def batches(self) -> list[Batch]:
@@ -76,7 +93,7 @@ class Request:
 
     def in_memory(self, why: str) -> None:
         """Refuse a model whose weights are on disk."""
-        if self.weights is not None:
+        if self.streaming is not None:
             raise ValueError(f"{self.name} {why}; it cannot be streamed")
 
     def ratio(self, shapes: Mapping[str, tuple[int, int]], size: int, itemsize: int, form: Form) -> float:
@@ -143,6 +160,8 @@ def prepare(model: nn.Module, request: Request) -> Work:
         ValueError: naming what is wrong; the model is unchanged.
     """
     method = request.method
+    if request.streaming is not None:
+        request.streaming.engine.check(method, request.name)
     if isinstance(method, ModelMethod):
         return _Whole.of(model, method, request)
     repeated = blocks(model)
@@ -179,9 +198,11 @@ def _layers(
             roles = {axis.name: axis.role for axis in head_axes(model)}
         shares = shares_of(sharing, members, repeated, ratio, influence=influence, roles=roles)
     plan = Plan(method, budget, policy, request.form, members, size, shares)
-    workers = 1 if request.weights else None  # from disk, memory is what is short: one matrix at a time
-    walk = Walk(plan, model, repeated, batches, request.weights or InMemory(), given, request.progress, workers)
+    walk = Walk(plan, model, repeated, batches, given=given, progress=request.progress)
     walk.skipped = selection.skipped
+    if request.streaming is not None:
+        streaming = request.streaming
+        walk.weights, walk.engine, walk.finished = streaming.weights, streaming.engine, streaming.finished
     return walk
 
 

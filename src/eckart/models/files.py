@@ -6,10 +6,10 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["CheckpointError", "atomic_directory", "check_target"]
+__all__ = ["CheckpointError", "atomic_directory", "becoming", "check_target"]
 
 _MARKS = ("config.json", "adapter_config.json")  # of a model, of an adapter
 
@@ -75,19 +75,48 @@ def atomic_directory(path: str | os.PathLike[str], *, force: bool = False) -> It
         ['model', 'config.json']
     """
     target = check_target(path, force=force)
-    missing = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with becoming(path, partial, force=force):
         yield partial
+
+
+@contextlib.contextmanager
+def becoming(
+    path: str | os.PathLike[str],
+    partial: Path,
+    *,
+    force: bool,
+    kept: Callable[[BaseException], str | None] = lambda error: None,
+) -> Iterator[None]:
+    """Let the directory ``partial`` become ``path`` when the block ends without an error.
+
+    Args:
+        path: as in :func:`atomic_directory`.
+        partial: a directory beside it, made if it is missing.
+        force: as there.
+        kept: called with what ended the block: the words to add if ``partial`` is to stay, or None to remove it.
+
+    Raises:
+        FileExistsError, CheckpointError: as there.
+    """
+    target = check_target(path, force=force)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield
         _move_into_place(partial, target, force)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:  # the innermost first; one that is in use meanwhile stays
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        left = kept(error)
+        if left is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in missing:  # the innermost first; one that is in use meanwhile stays
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
         if _is_operating_system(error):
-            raise CheckpointError(f"cannot write {path}: {_reason(error)}; nothing was left behind") from error
+            reason = _reason(error)
+            raise CheckpointError(f"cannot write {path}: {reason}; {left or 'nothing was left behind'}") from error
+        if left and not isinstance(error, CheckpointError):  # its message says what to do
+            error.add_note(left)
         raise
 
 

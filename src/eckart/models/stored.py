@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..structures import Structure
 from .quantizer import METHOD, EckartConfig, EckartQuantizer
+from .reader import CheckpointReader
 from .select import LinearRef, Selection, Where, linears
-from .stream import CheckpointReader
 
 __all__ = ["LayoutError", "StoredRef", "has_safetensors", "stored_linears", "stored_modules"]
 

@@ -9,68 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..linalg import all_finite
+from ..structures import structure_from_spec
+from .files import CheckpointError
 from .memory import release_memory
 from .quantizer import METHOD
+from .reader import CheckpointReader, RemoteLinear
+from .replace import replace
+from .select import LinearRef
 from .topology import block_of, blocks
 
-__all__ = ["CheckpointReader", "StreamedModel"]
-
-# What safetensors calls the types that a model computes in.
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-class CheckpointReader:
-    """Tensors of a safetensors checkpoint by name, each read when asked for.
-
-    Args:
-        path: directory with ``model.safetensors``, or shards and their index.
-
-    Raises:
-        FileNotFoundError: if there are no safetensors files, or one that the index lists is missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        index = path / "model.safetensors.index.json"
-        single = path / "model.safetensors"
-        if index.is_file():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            self.files = {key: path / name for key, name in names.items()}
-        elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        else:
-            raise FileNotFoundError(f"{path} has no safetensors files; streaming needs a safetensors checkpoint")
-        for file in set(self.files.values()):
-            if not file.is_file():
-                raise FileNotFoundError(f"{path} lacks {file.name}, which its index lists; download it again")
-
-    def read(self, key: str) -> torch.Tensor:
-        """A copy of the tensor ``key``.
-
-        The file is opened anew each time: pages of an open file stay in this process's memory.
-        """
-        with safe_open(self.files[key], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key).clone()
-        return tensor
-
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point tensor; float32 if there is none."""
-        for key, path in self.files.items():
-            with safe_open(path, framework="pt") as file:
-                name = file.get_slice(key).get_dtype()
-            if name in _FLOATS:
-                return _FLOATS[name]
-        return torch.float32
+__all__ = ["StreamedModel"]
 
 
 class StreamedModel:
@@ -82,7 +40,7 @@ class StreamedModel:
     Attributes:
         model: the transformers model; its blocks' weights are on the meta device outside `visiting`.
         blocks: its blocks.
-        target: directory to write shards to; set by the caller, who also removes it on failure.
+        target: directory to write shards to; set by the caller.
 
     Raises:
         FileNotFoundError: if there is no safetensors checkpoint.
@@ -165,6 +123,41 @@ class StreamedModel:
             _empty(module)
         release_memory()
 
+    def restore(self, index: int, specs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Inside `visiting`: put the structures of a block that an earlier run has written in their places.
+
+        Args:
+            index: the block.
+            specs: full name of each structure -> its ``spec()``.
+
+        Raises:
+            CheckpointError: the block's shard is missing or damaged.
+        """
+        path = self.target / self._shard(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is missing or damaged; start anew with force (--force)") from error
+        self._count(path.name, tensors)
+        for name, spec in specs.items():
+            structure = structure_from_spec(spec, device="meta", dtype=self._dtypes[f"{name}.weight"])
+            own = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+            structure.load_state_dict(own, assign=True)
+            replace(self.model, name, structure)
+
+    def remote(self, ref: LinearRef) -> RemoteLinear:
+        """What another process needs to read a linear of the dense checkpoint by itself."""
+        names = {key: f"{ref.name}.{key}" for key in ref.module.state_dict()}
+        return RemoteLinear(
+            ref.name,
+            ref.kind,
+            {
+                key: (self.reader.files[self._keys[name]].absolute(), self._keys[name], self._dtypes[name])
+                for key, name in names.items()
+            },
+        )
+
     def finish(self) -> None:
         """Write what lies outside the blocks, and the index: all weights are on disk then."""
         names = [name for name in self._outside if name not in self._tied]
@@ -173,10 +166,18 @@ class StreamedModel:
         (self.target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        name = f"model-{number + 1:05}-of-{len(self.blocks) + 1:05}.safetensors"
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, self.target / name, metadata={"format": "pt"}
-        )
+        path = self.target / self._shard(number)
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        except BaseException:
+            path.unlink(missing_ok=True)  # half a shard is of no use, and the disk may be full
+            raise
+        self._count(path.name, tensors)
+
+    def _shard(self, number: int) -> str:
+        return f"model-{number + 1:05}-of-{len(self.blocks) + 1:05}.safetensors"
+
+    def _count(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self._weight_map.update(dict.fromkeys(tensors, name))
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
 
