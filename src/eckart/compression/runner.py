@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from .budget import Budget, kinds_of
 from .contract import LayerMethod, WeightMethod
 from .layer import compressed, left_dense
 from .pair import Pair
-from .policies import Policy
+from .policies import Policy, loss_spectrum
 
 __all__ = ["Plan", "Walk", "Weights"]
 
@@ -57,6 +57,7 @@ class Plan:
         members: the selected linears.
         model_bytes: size of the whole model now.
         shares: fraction of each linear to remove, under a policy that looks at no spectrum.
+        information: sum of the Fisher information over each linear's weight, for "fisher"; 0 for one that is not there.
     """
 
     method: LayerMethod
@@ -66,6 +67,7 @@ class Plan:
     members: Sequence[LinearRef]
     model_bytes: int
     shares: Mapping[str, float] | None = None
+    information: Mapping[str, float] | None = None
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Walk:
         layers: what was done, in the model's order at the end.
         unreached: selected linears that saw no calibration token.
         skipped: linears that are left alone, with the reason.
+        notes: what a policy found out, for the settings of the result.
     """
 
     plan: Plan
@@ -98,6 +101,7 @@ class Walk:
     unreached: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     biases: int = 0  # they stay
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selected(self) -> int:
@@ -107,7 +111,7 @@ class Walk:
     def run(self) -> None:
         """Choose the ranks, then factorise and replace every selected linear."""
         plan = self.plan
-        survey = self._survey() if plan.budget.needs_spectra(plan.policy) else None
+        survey = self.survey() if plan.budget.needs_spectra(plan.policy) else None
         ranks = plan.budget.ranks(
             {ref.name: ref.shape for ref in plan.members},
             policy=plan.policy,
@@ -128,16 +132,22 @@ class Walk:
             raise RuntimeError(f"{len(missing)} selected layers were not visited, such as {missing[0]}")
         self.layers = {ref.name: self.layers[ref.name] for ref in plan.members}
 
-    def _survey(self) -> dict[str, torch.Tensor]:
-        """Spectra of all selected weights under the method's own measure, from the dense model."""
-        method, spectra = self.plan.method, {}
+    def survey(self) -> dict[str, torch.Tensor]:
+        """Spectra of all selected weights under the method's own measure, from the dense model.
+
+        In units of the loss, where the plan has the Fisher information.
+        """
+        method, information, spectra = self.plan.method, self.plan.information, {}
         for members, statistics in self._dense_pass(method.surveys, "survey", changed=False):
 
             def spectrum(ref: LinearRef, statistics: Mapping[str, Statistics] = statistics) -> torch.Tensor:
                 known = statistics.get(ref.name)
                 if known is None:
                     return torch.ones(min(ref.shape))
-                return method.spectrum(ref.weight.detach(), known).cpu()
+                s = method.spectrum(ref.weight.detach(), known).cpu()
+                if information is None:
+                    return s
+                return loss_spectrum(s, method.weight_of_inputs(known), information.get(ref.name, 0.0), ref.shape)
 
             found = parallel_map(spectrum, members, cost=_cost, workers=self.workers)
             spectra.update({ref.name: s for ref, s in zip(members, found, strict=True)})

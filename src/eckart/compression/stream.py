@@ -10,7 +10,7 @@ from ..models.files import atomic_directory, check_target
 from ..models.result import Result
 from ..models.stream import StreamedModel
 from .compress import compress
-from .work import AnyMethod
+from .request import AnyMethod
 
 __all__ = ["compress_checkpoint"]
 
