@@ -256,7 +256,10 @@ def test_a_policy_that_looks_at_text_meets_the_budget_and_spends_it_unevenly(row
     model = build("llama")
     result = run(model, row, [batch_for(model)], ratio=0.3, allocation=policy, evaluations=4)
     assert result.settings["allocation"] == policy
-    assert result.ratio >= 0.3
+    if not issubclass(row.load(), StructureMethod):
+        assert result.ratio >= 0.3
+    elif result.ratio < 0.3:  # no structure is as small as some shares
+        assert any("stay dense" in warning for warning in result.warnings)
     kept = {layer.parameters / (layer.shape[0] * layer.shape[1]) for layer in result.layers}
     assert len(kept) > 2  # two shapes of matrix round to their own fractions
 

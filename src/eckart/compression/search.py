@@ -89,11 +89,18 @@ def search(walk: Walk, ratio: float, where: Where | None, evaluations: int) -> S
         given = calibrate(model, rows, plan.method.gathers, where=where, progress=walk.progress)
     dry = replace(walk, batches=rows, given=given, plan=replace(plan, budget=Budget.of(ratio=ratio)))
     sizes = {ref.name: ref.in_features * ref.out_features for ref in plan.members}
+    total = (1 - ratio) * sum(sizes.values())
     failures: list[str] = []
+    stored: list[int] = []
 
     def loss(kept: Kept) -> float:
         try:
-            return perplexity(_compressed(dry, kept), judged, progress=False).loss
+            made, numbers = _compressed(dry, kept)
+            stored.append(numbers)
+            # A method may leave a matrix dense whose share is too small for it: no other trial may gain by that.
+            if numbers > max(total, stored[0]):
+                raise ValueError(f"{numbers:,} numbers are stored in place of {total:,.0f}; lower the ratio")
+            return perplexity(made, judged, progress=False).loss
         except (ValueError, LinalgError) as failure:
             failures.append(str(failure))
             return math.inf
@@ -104,7 +111,7 @@ def search(walk: Walk, ratio: float, where: Where | None, evaluations: int) -> S
         starts,
         _groups(dry),
         sizes,
-        (1 - ratio) * sum(sizes.values()),
+        total,
         loss,
         evaluations,
         key=lambda kept: tuple(_ranks(dry, kept).values()),
@@ -122,8 +129,8 @@ def _ranks(walk: Walk, kept: Kept) -> dict[str, int]:
     return plan.budget.ranks(shapes, policy="search", form=plan.form, shares=shares)
 
 
-def _compressed(walk: Walk, kept: Kept) -> nn.Module:
-    """A copy of the model, compressed by these shares."""
+def _compressed(walk: Walk, kept: Kept) -> tuple[nn.Module, int]:
+    """A copy of the model, compressed by these shares, and how many numbers it stores for what was selected."""
     made = copy.deepcopy(walk.model)
     members = [replace(ref, module=made.get_submodule(ref.name)) for ref in walk.plan.members]
     plan = replace(walk.plan, members=members, shares={name: 1 - fraction for name, fraction in kept.items()})
@@ -131,7 +138,7 @@ def _compressed(walk: Walk, kept: Kept) -> nn.Module:
     with warnings.catch_warnings(), evaluating(made), torch.no_grad():
         warnings.simplefilter("ignore", EckartWarning)
         trial.run()
-    return made
+    return made, sum(layer.parameters for layer in trial.layers.values())
 
 
 def _starts(walk: Walk, ratio: float) -> list[Kept]:
