@@ -101,8 +101,7 @@ class Job:
         """Load, compress, save; with figures before and after if they are wanted and the model has them."""
         from eckart.compression import compress
         from eckart.compression.auto import choose
-        from eckart.models import save
-        from eckart.models.adapter_files import save_with_adapter
+        from eckart.models import save, save_with_adapter
         from eckart.models.progress import waiting
 
         progress = self.settings["progress"]
