@@ -20,8 +20,8 @@ from eckart.models import linears
 
 
 def built() -> list[str]:
-    """Names of the adapters that there are."""
-    return [row.name for row in catalog.select(family="adapters") if row.status != "planned"]
+    """Names of the adapters that there are, but for LoRA: PEFT's, the same function, is a baseline."""
+    return [row.name for row in catalog.select(family="adapters") if row.status != "planned" and row.name != "lora"]
 
 
 def lora_parameters(model: nn.Module, rank: int) -> int:

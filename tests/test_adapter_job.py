@@ -49,7 +49,7 @@ def _forget() -> None:
 
 
 def test_every_built_adapter_and_the_baselines_are_contenders(job, sentiment):
-    built = {row.name for row in catalog.select(family="adapters") if row.status != "planned"}
+    built = {row.name for row in catalog.select(family="adapters") if row.status != "planned"} - {"lora"}  # PEFT's is
     answers, moods = set(job[0].contenders()), set(sentiment[0].contenders())
     assert built | {"linear probe", "lora", "rslora", "dora", "full fine-tuning"} == moods
     assert answers - built == {"lora", "rslora", "dora", "olora", "lora-ga", "full fine-tuning"}

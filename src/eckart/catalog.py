@@ -108,6 +108,7 @@ METHODS: tuple[Method, ...] = (
     Method("kasa", "adapters", "Knowledge-Aware Singular-Value Adaptation of Large Language Models", "2412.06071", 2024, "measured", "eckart.adapters.kasa:KaSA"),
     Method("lamda", "adapters", "Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation", "2406.12832", 2024, "measured", "eckart.adapters.lamda:LaMDA"),
     Method("loldu", "adapters", "Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning", "2410.13618", 2024, "measured", "eckart.adapters.loldu:LoLDU"),
+    Method("lora", "adapters", "Low-Rank Adaptation of Large Language Models", "2106.09685", 2021, "experimental", "eckart.adapters.lora:LoRA"),
     Method("lora-xs", "adapters", "Low-Rank Adaptation with Extremely Small Number of Parameters", "2405.17604", 2024, "measured", "eckart.adapters.lora_xs:LoRAXS"),
     Method("msplora", "adapters", "A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning", "2503.21838", 2025, "measured", "eckart.adapters.msplora:MSPLoRA"),
     Method("nlora", "adapters", "Nyström-Initiated Low-Rank Adaptation for Large Language Models", "2502.14482", 2025, "measured", "eckart.adapters.nlora:NLoRA"),

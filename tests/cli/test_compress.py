@@ -19,6 +19,7 @@ import eckart
 import tiny_checkpoints
 from eckart.cli._options import parse_bytes, parse_setting
 from eckart.cli.main import main
+from eckart.compression.recover import recover
 from eckart.compression.svd import SVD
 from eckart.models import load, text_batches
 
@@ -191,6 +192,86 @@ def test_recovery_trains_what_was_compressed(tiny, tmp_path, run_json, train):
     assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
 
 
+@pytest.mark.parametrize(("method", "compressor"), [("lora", "svd"), ("pissa", "modegpt"), ("corda", "svd-llm")])
+def test_recovery_by_an_adapter_saves_it_beside_the_model(tiny, tmp_path, run_json, method, compressor):
+    options = ("compress", tiny, *QUICK, "--ratio", 0.3, "--method", compressor, "--recover-rate", 1e-2)
+    as_it_is = run_json(*options, "--no-eval", "--out", tmp_path / "as-it-is")
+    out = tmp_path / "small"
+    found = run_json(*options, "--recover", 8, "--recover-with", method, "--recover-rank", 4, "--out", out)
+    # The model is the one without recovery, to the last bit.
+    before, after = _state(tmp_path / "as-it-is"), _state(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    history = found["recovered"]["history"]
+    assert history[-1] < history[0]
+    assert found["recovered"]["loss_after"] != found["recovered"]["loss_before"]
+    stored = safetensors.torch.load_file(out / "adapter" / "adapter_model.safetensors")
+    beside = found["adapter"]
+    assert (beside["method"], beside["rank"], beside["path"]) == (method, 4, str(out / "adapter"))
+    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert beside["bytes"] == size > sum(tensor.nbytes for tensor in stored.values())
+    assert found["bytes_on_disk"][1] == as_it_is["bytes_on_disk"][1] + size
+    assert found["parameters"][1] == as_it_is["parameters"][1] + beside["parameters"]
+    assert found["bytes"][1] == as_it_is["bytes"][1] + sum(tensor.nbytes for tensor in stored.values())
+    assert found["selected_parameters"] == as_it_is["selected_parameters"]
+
+
+def test_model_and_adapter_load_in_another_process_with_plain_transformers_and_peft(tiny, tmp_path, run):
+    out = tmp_path / "small"
+    options = ("--ratio", 0.3, "--method", "svd", "--recover", 6, "--recover-with", "lora", "--recover-rate", 1e-2)
+    code, shown, err = run("compress", tiny, *QUICK, *options, "--out", out)
+    assert (code, err) == (0, "")
+    losses = r"held-out loss \d\.\d{3} to \d\.\d{3} nats a token"
+    assert re.search(rf"^recovery: 6 steps, \d+ s, {losses}$", shown, re.MULTILINE)
+    sizes = r"[\d,]+ parameters, [\d.]+ kB, counted above"
+    assert re.search(rf"^adapter: lora of rank 16, {sizes}, in {re.escape(str(out))}/adapter$", shown, re.MULTILINE)
+    (line,) = re.findall(r"to load it: (PeftModel.*), after import eckart$", shown, re.MULTILINE)
+    # The same by hand: compress, adapt, train.
+    model, tokenizer = load(tiny)
+    data = text_batches(tokenizer, samples=4, length=32)
+    eckart.compress(model, "svd", ratio=0.3, progress=False)
+    adapted = eckart.adapt(model, "lora", 16, progress=False, task_type="CAUSAL_LM")
+    recover(adapted, data, 6, train="adapter", learning_rate=1e-2, progress=False)
+    ids = data[0]["input_ids"][:1]
+    torch.save({"ids": ids, "logits": adapted.eval()(ids).logits.detach()}, tmp_path / "expected.pt")
+    script = f"""
+import eckart, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(out)!r})
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+alone = model(expected["ids"]).logits
+both = {line}
+assert torch.equal(both(expected["ids"]).logits, expected["logits"])
+assert not torch.allclose(alone, expected["logits"], atol=1e-3)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_recovery_saved_is_evaluated_and_generated_with(tiny, tmp_path, run, run_json, refused):
+    out = tmp_path / "small"
+    options = ("--ratio", 0.3, "--method", "svd", "--recover", 6, "--recover-with", "lora", "--recover-rate", 1e-2)
+    found = run_json("compress", tiny, *QUICK, *options, "--out", out)
+    window = ("--length", 32, "--max-tokens", 256, "--batch-size", 4)
+    alone, both = (run_json("eval", out, *window, *more) for more in ((), ("--adapter", out / "adapter")))
+    assert both["perplexity"] == pytest.approx(found["perplexity"][1], rel=1e-6)
+    assert alone["perplexity"] != pytest.approx(both["perplexity"], rel=1e-3)
+    assert both["parameters"] == found["parameters"][1] > alone["parameters"]
+    code, text, _ = run("generate", out, "import os", "--max-tokens", 4, "--adapter", out / "adapter", "--json")
+    assert code == 0
+    assert json.loads(text)["tokens"] >= 1
+    refused("generate", out, "x", "--adapter", tiny, message=f"no adapter in {tiny}: it has no adapter_config.json")
+    refused("eval", tiny, "--adapter", out / "adapter", message="was made for")
+
+
+def test_an_adapter_that_cannot_be_put_on_leaves_nothing_behind(tiny, tmp_path, refused):
+    """Its rank is larger than the smallest side of a matrix, which is known once the model is there."""
+    out = tmp_path / "small"
+    options = ("--method", "svd", "--recover", 2, "--recover-with", "lora", "--recover-rank", 40)
+    refused("compress", tiny, *QUICK, *options, "--out", out, message="lora cannot adapt model.layers.0.self_attn")
+    assert not out.exists()
+
+
 def test_a_method_that_changes_widths(tiny, tmp_path, run_json):
     out = tmp_path / "small"
     found = run_json("compress", tiny, *QUICK, "--ratio", 0.3, "--method", "modegpt", "--out", out)
@@ -303,7 +384,8 @@ def test_layers_left_alone_are_listed(tmp_path, run):
         (("--set", "mix"), "--set 'mix' is not name=value"),
         (
             ("--allocation", "fair"),
-            "--allocation must be one of uniform, threshold, svd-llm-v2, welore, block-influence, lorap, not 'fair'",
+            "--allocation must be one of uniform, threshold, svd-llm-v2, welore, fisher, block-influence, lorap, "
+            "search, not 'fair'",
         ),
         (("--form", "dense"), "--form must be one of plain, pivoted, not 'dense'"),
         (("--dtype", "int8"), "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
@@ -333,7 +415,13 @@ def test_a_bad_option(tiny, tmp_path, refused, options, message):
         (("--method", "auto", "--allocation", "welore"), "auto chooses method and allocation itself under a ratio"),
         (("--method", "auto", "--stream"), "auto and --recover need the whole model"),
         (("--recover", 2, "--stream"), "auto and --recover need the whole model"),
-        (("--recover", 2, "--recover-with", "luck"), "--recover-with must be one of factors, sequential, not 'luck'"),
+        (
+            ("--recover", 2, "--recover-with", "luck"),
+            "--recover-with must be factors, sequential or the name of an adapter: unknown method 'luck'",
+        ),
+        (("--recover", 2, "--recover-with", "svd"), "'svd' belongs to compression, not to adapters"),
+        (("--recover", 2, "--recover-with", "bilora"), "bilora orders its training data; compress first"),
+        (("--recover", 2, "--recover-rank", 4), "--recover-rank is that of an adapter; name one with --recover-with"),
     ],
 )
 def test_auto_and_recovery_with_what_they_exclude(tiny, tmp_path, refused, options, message):

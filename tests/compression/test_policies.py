@@ -17,7 +17,7 @@ from eckart.structures import EckartWarning
 
 def test_names():
     assert known() == get_args(Policy)
-    assert [name for name in known() if not is_spectral(name)] == ["block-influence", "lorap"]
+    assert [name for name in known() if not is_spectral(name)] == ["block-influence", "lorap", "search"]
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
 import torch
 
 import tiny_models
+from eckart import adapt
 from eckart.compression import compress
 from eckart.compression.recover import recover
 from eckart.structures import EckartWarning, Structure
@@ -58,6 +60,46 @@ def test_sequential_trains_one_factor_after_the_other(data):
     assert all(p.grad is None for p in model.parameters())
 
 
+def adapted(data, method: str = "lora"):
+    return adapt(compressed(data), method, rank=4, progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "sorsa", "adalora", "dylora", "lamda", "loldu"])
+def test_an_adapter_learns_and_everything_under_it_stays(data, method):
+    """With penalties (sorsa), budgets, draws and schedules that count the steps (adalora, dylora, lamda) among them."""
+    model = adapted(data, method)
+    before = copy.deepcopy(model.state_dict())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    done = recover(model, data, 40, train="adapter", learning_rate=2e-2, progress=False)
+    assert done.loss_after < done.loss_before - 0.02
+    assert done.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("eckart_adapters" in name for name in changed)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_an_adapter_takes_the_steps_that_a_plain_loop_takes(data):
+    """AdamW with the warm-up and the cosine written out, on the same batches."""
+    model, twin = adapted(data), adapted(data)
+    done = recover(model, data, 5, train="adapter", learning_rate=1e-2, held_out=data, seed=3, progress=False)
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2, weight_decay=0.0, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(3)
+    for step in range(5):
+        rate = 1.0 if step == 0 else 0.1 + 0.45 * (1 + math.cos(math.pi * step / 5))
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
+        ids = data[0][torch.randint(len(data[0]), (4,), generator=generator)]
+        loss = twin(ids, labels=ids).loss
+        loss.backward()
+        assert done.history[step] == pytest.approx(float(loss.detach()), rel=1e-5)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_gradients_are_asked_for_as_before_even_after_a_failure(data):
     model = compressed(data)
     first = next(iter(model.parameters()))
@@ -100,7 +142,8 @@ def test_time_is_kept_to(data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": "lora"}, "train must be one of factors, sequential"),
+        ({"train": "lora"}, "train must be one of factors, sequential, adapter"),
+        ({"train": "adapter"}, "needs an adapter that can be trained; put one on with eckart.adapt"),
         ({"steps": 0}, "at least 1"),
         ({"learning_rate": 0.0}, "learning_rate positive"),
     ],

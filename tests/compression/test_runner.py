@@ -238,7 +238,7 @@ def test_the_default_text_goes_through_the_tokenizer(model):
     assert len(result.layers) == 14
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "threshold", "svd-llm-v2", "welore"])
+@pytest.mark.parametrize("allocation", ["uniform", "threshold", "svd-llm-v2", "welore", "fisher"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_way_to_share_a_budget_meets_it(model, data, method, allocation):
     result = quiet(model, method, ratio=0.4, data=data, allocation=allocation)

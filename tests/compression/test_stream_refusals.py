@@ -78,6 +78,9 @@ def test_bad_requests_leave_nothing_behind(source, tmp_path):
     assert_refused(ValueError, "svd-llm needs calibration data", llama, tmp_path, "svd-llm")
     assert_refused(ValueError, "fwsvd needs gradients of the whole model; it cannot be streamed", llama, tmp_path,
                    "fwsvd", data=DATA)  # fmt: skip
+    for policy, why in (("fisher", "needs gradients of"), ("search", "looks at"), ("block-influence", "looks at")):
+        message = f"svd with allocation='{policy}' {why} the whole model.*; it cannot be streamed"
+        assert_refused(ValueError, message, llama, tmp_path, "svd", data=DATA, allocation=policy)
     assert_refused(FileNotFoundError, r"no model in .*nowhere: it has no config\.json", tmp_path / "nowhere", tmp_path)
     assert_refused(ValueError, "matches no layer", llama, tmp_path, "svd", where="nothing")
 

@@ -17,6 +17,7 @@ import tiny_models
 from eckart import catalog
 from eckart.compression import WeightMethod, compress
 from eckart.compression.contract import LayerMethod, ModuleMethod, StructureMethod
+from eckart.compression.policies import known, needs_text
 from eckart.models import Statistics, calibrate, linears
 from eckart.models.calibrate import SEQUENTIAL
 from eckart.models.parts import parts
@@ -246,6 +247,21 @@ def test_half_precision_costs_no_more_than_its_own_rounding(row):
     # Structures with indices have fewer other numbers beside halves, since indices count by their bytes.
     rtol = 0.1 if issubclass(row.load(), StructureMethod) else 0.05
     np.testing.assert_allclose(errors[half], errors[wide], rtol=rtol)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in known() if needs_text(policy)])
+@each(LAYERS)
+def test_a_policy_that_looks_at_text_meets_the_budget_and_spends_it_unevenly(row, policy):
+    """Those that do not are covered by `tests/compression/test_runner.py`."""
+    model = build("llama")
+    result = run(model, row, [batch_for(model)], ratio=0.3, allocation=policy, evaluations=4)
+    assert result.settings["allocation"] == policy
+    if not issubclass(row.load(), StructureMethod):
+        assert result.ratio >= 0.3
+    elif result.ratio < 0.3:  # no structure is as small as some shares
+        assert any("stay dense" in warning for warning in result.warnings)
+    kept = {layer.parameters / (layer.shape[0] * layer.shape[1]) for layer in result.layers}
+    assert len(kept) > 2  # two shapes of matrix round to their own fractions
 
 
 # Where positions are absolute, padding on the other side would move the tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,41 @@ def weights_on_disk(directory: Path) -> int:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """An adapter that was saved beside the model that it is on.
+
+    Attributes:
+        method: its method.
+        rank: its rank.
+        path: its directory.
+        parameters: numbers that were trained.
+        bytes: of its weight file.
+    """
+
+    method: str
+    rank: int
+    path: str
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, out: Path, method: str, rank: int, adapted: Any) -> Beside:
+        """The adapter of a PEFT model that was saved with its model."""
+        from eckart.models.adapter_files import BESIDE
+
+        path = out / BESIDE
+        return cls(method, rank, str(path), adapted.get_nb_trainable_parameters()[0], weights_on_disk(path))
+
+
+def with_everything(result: Result, adapted: Any) -> Result:
+    """A result whose totals have the adapter in them."""
+    from eckart.models import model_bytes, num_parameters
+
+    parameters, size = (result.parameters[0], num_parameters(adapted)), (result.bytes[0], model_bytes(adapted))
+    return replace(result, parameters=parameters, bytes=size)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that ``eckart compress`` has to say.
 
@@ -62,6 +97,7 @@ class Comparison:
         not_measured: why nothing was measured; empty if it was, or was not wanted.
         choice: what was tried, if the method was chosen.
         recovered: what training afterwards did, if there was any.
+        beside: the adapter that was trained then, if there is one.
     """
 
     model: str
@@ -73,6 +109,7 @@ class Comparison:
     not_measured: str = ""
     choice: Choice | None = None
     recovered: Recovered | None = None
+    beside: Beside | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a list of two is (before, after); null is not measured."""
@@ -91,6 +128,7 @@ class Comparison:
             "tokens_per_second": pair("tokens_per_second"),
             "tried": self.choice.to_dict() if self.choice else None,
             "recovered": asdict(self.recovered) if self.recovered else None,
+            "adapter": asdict(self.beside) if self.beside else None,
         }
 
     def print(self) -> None:
@@ -102,16 +140,32 @@ class Comparison:
             out.print(_tried(self.choice))
             out.print()
         out.print(self._table())
+        if "search" in result.settings:
+            out.print(_searched(result.settings["search"]), markup=False, soft_wrap=True)
         if self.recovered:
             done = self.recovered
             change = f"held-out loss {done.loss_before:.3f} to {done.loss_after:.3f} nats a token"
             out.print(f"recovery: {done.steps} steps, {done.seconds:.0f} s, {change}", markup=False, soft_wrap=True)
+        if self.beside:
+            self._print_beside(self.beside)
         if self.not_measured:
             out.print(f"perplexity and speed not measured: {self.not_measured}", markup=False, soft_wrap=True)
         self._print_layers()
         out.print(f"\n{result.seconds:.1f} s, peak memory {_bytes(result.peak_memory)}")
         path = shlex.quote(str(self.out))
-        out.print(f"wrote {path}; try: eckart generate {path} 'The capital of France is'", markup=False, soft_wrap=True)
+        adapter = f" --adapter {shlex.quote(self.beside.path)}" if self.beside else ""
+        tried = f"eckart generate {path} 'The capital of France is'{adapter}"
+        out.print(f"wrote {path}; try: {tried}", markup=False, soft_wrap=True)
+
+    @staticmethod
+    def _print_beside(beside: Beside) -> None:
+        size = f"{beside.parameters:,} parameters, {_bytes(beside.bytes)}"
+        lines = (
+            f"adapter: {beside.method} of rank {beside.rank}, {size}, counted above, in {beside.path}",
+            f"to load it: PeftModel.from_pretrained(model, {beside.path!r}), after import eckart",
+        )
+        for line in lines:
+            console().print(line, markup=False, soft_wrap=True)
 
     def _table(self) -> Any:
         result = self.result
@@ -164,6 +218,12 @@ def _bytes(value: float) -> str:
 
 def _change(old: float, new: float) -> str:
     return f"{new / old - 1:+.1%}" if old and math.isfinite(new / old) else ""
+
+
+def _searched(found: dict[str, float]) -> str:
+    """What a search for shares of the budget gave."""
+    uniform = f"{found['uniform']:.3f}" if "uniform" in found else "infinite"
+    return f"search: {found['trials']} trials, held-out loss {uniform} uniform, {found['found']:.3f} as shared"
 
 
 def _tried(choice: Choice) -> Any:

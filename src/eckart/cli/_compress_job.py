@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from eckart.cli._compare import Comparison, measure, weights_on_disk
+from eckart.cli._compare import Beside, Comparison, measure, weights_on_disk, with_everything
 from eckart.cli._options import load_model
 from eckart.cli._output import print_note
 from eckart.cli._texts import Texts
@@ -17,7 +17,7 @@ from eckart.cli._texts import Texts
 if TYPE_CHECKING:
     from eckart.compression.engine import EngineName
     from eckart.compression.recover import Recovered, Train
-    from eckart.compression.work import AnyMethod
+    from eckart.compression.request import AnyMethod
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,49 @@ class Recovery:
         steps: updates.
         train: what is trained.
         rate: peak learning rate.
+        adapter: the method of the adapter that is trained; empty for none.
+        rank: of the adapter.
     """
 
     steps: int
     train: Train
     rate: float
+    adapter: str = ""
+    rank: int = 16
 
-    def run(self, model: Any, data: Any, *, progress: bool) -> Recovered:
-        """Train it on the calibration text."""
+    @classmethod
+    def of(cls, steps: int, what: str, rate: float, rank: int | None) -> Recovery:
+        """From the words of a command line.
+
+        Raises:
+            ValueError: there is no such thing to train, or an adapter that needs a training loop of its own.
+        """
+        if what in ("factors", "sequential"):
+            if rank is not None:
+                raise ValueError("--recover-rank is that of an adapter; name one with --recover-with, such as lora")
+            return cls(steps, cast("Train", what), rate)
+        from eckart.adapters import AdapterMethod, EckartConfig
+        from eckart.catalog import UnknownMethodError
+
+        try:
+            config = EckartConfig(method=what, r=16 if rank is None else rank)
+        except UnknownMethodError as error:
+            raise ValueError(f"--recover-with must be factors, sequential or the name of an adapter: {error}") from None
+        if type(config.build_method()).training_order is not AdapterMethod.training_order:
+            raise ValueError(f"{config.method} orders its training data; compress first, then eckart adapt")
+        return cls(steps, "adapter", rate, config.method, config.r)
+
+    def run(self, model: Any, data: Any, where: Any, *, progress: bool) -> tuple[Any, Recovered]:
+        """Train it on the calibration text; the model, and the adapter on it if one is trained."""
+        from eckart.adapters import EckartConfig, adapt
         from eckart.compression.recover import recover
 
-        return recover(model, data, self.steps, train=self.train, learning_rate=self.rate, progress=progress)
+        if self.adapter:
+            needs = EckartConfig(method=self.adapter).build_method().needs
+            given = {"data": data if needs else None, "where": where, "progress": progress}
+            model = adapt(model, self.adapter, self.rank, task_type="CAUSAL_LM", **given)
+        done = recover(model, data, self.steps, train=self.train, learning_rate=self.rate, progress=progress)
+        return model, done
 
 
 @dataclass(frozen=True)
@@ -71,7 +103,7 @@ class Job:
         """Load, compress, save; with figures before and after if they are wanted and the model has them."""
         from eckart.compression import compress
         from eckart.compression.auto import choose
-        from eckart.models import save
+        from eckart.models import save, save_with_adapter
         from eckart.models.progress import waiting
 
         progress = self.settings["progress"]
@@ -89,23 +121,32 @@ class Job:
             shared = {key: settings[key] for key in ("ratio", "where", "form", "progress")}
             choice = choose(model, data, **shared)
             method, settings["allocation"] = choice.best.method, choice.best.allocation
+        recovered = None
         with _kept_for_the_end():
             result = compress(model, method, data=data, **settings)
             model = result.model
-            recovered = self.recovery.run(model, data, progress=progress) if self.recovery else None
+            if self.recovery:
+                model, recovered = self.recovery.run(model, data, settings["where"], progress=progress)
         after = measure(model, held_out, progress=progress) if held_out else None
+        beside = None
         with waiting("saving", enabled=progress):
-            save(model, self.out, tokenizer, force=self.force)
+            if self.recovery and self.recovery.adapter:
+                save_with_adapter(model, self.out, tokenizer, force=self.force)
+                beside = Beside.of(self.out, self.recovery.adapter, self.recovery.rank, model)
+                result = with_everything(result, model)
+            else:
+                save(model, self.out, tokenizer, force=self.force)
         return Comparison(
             self.model,
             self.out,
             result,
-            (on_disk, weights_on_disk(self.out)),
+            (on_disk, weights_on_disk(self.out) + (beside.bytes if beside else 0)),
             before,
             after,
             not_measured=reason,
             choice=choice,
             recovered=recovered,
+            beside=beside,
         )
 
     def streamed(self, engine: EngineName, *, resume: bool) -> Comparison:

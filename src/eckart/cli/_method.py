@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from eckart.cli._options import parse_setting
 
 if TYPE_CHECKING:
-    from eckart.compression.work import AnyMethod
+    from eckart.compression.request import AnyMethod
 
 
 def chosen_method(name: str, settings: list[str]) -> AnyMethod:

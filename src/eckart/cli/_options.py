@@ -20,6 +20,7 @@ Where = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Floating-point type to load in: auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where to compute, for instance cpu, cuda or cuda:1.")]
+Adapter = Annotated[str, typer.Option(help="Directory of a PEFT adapter to put on the model.  [default: none]")]
 Field = Annotated[str, typer.Option(help="The field of a JSONL file, or column of a data set, that holds the text.")]
 Length = Annotated[
     int | None,
@@ -78,6 +79,28 @@ def load_model(name: str | Path, dtype: str, device: str, *, progress: bool = Tr
     source = resolve(name)  # a download or a conversion has a bar of its own
     with waiting("loading", enabled=progress):
         return load(source, dtype=dtype, device=device)
+
+
+def load_with_adapter(name: str, adapter: str, dtype: str, device: str, *, progress: bool = True) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, with the adapter in a directory on it if one is named.
+
+    Raises:
+        FileNotFoundError: there is no such model or adapter.
+        ValueError: the adapter does not belong on the model.
+    """
+    from eckart.cli._output import print_note
+    from eckart.models import resolve
+    from eckart.models.adapter_files import check_base, is_adapter, load_adapter
+
+    if not adapter:
+        return load_model(name, dtype, device, progress=progress)
+    if not is_adapter(adapter):
+        raise FileNotFoundError(f"no adapter in {adapter}: it has no adapter_config.json")
+    note = check_base(adapter, resolve(name))
+    if note:
+        print_note("note", note)
+    loaded, tokenizer = load_model(name, dtype, device, progress=progress)
+    return load_adapter(loaded, adapter), tokenizer
 
 
 def window_length(model: Any, asked: int | None) -> int:

@@ -43,10 +43,13 @@ def command(
     allocation: Annotated[
         str,
         typer.Option(
-            help="How one ratio is shared: uniform, threshold, svd-llm-v2, welore, block-influence or lorap.  "
-            "[default: the method's own]"
+            help="How one ratio is shared: uniform, threshold, svd-llm-v2, welore, fisher, block-influence, lorap or "
+            "search.  [default: the method's own]"
         ),
     ] = "",
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Compressions that --allocation search tries before the real one.")
+    ] = 16,
     form: Annotated[
         str, typer.Option(help="pivoted (fewer numbers at the same rank) or plain (two factors).")
     ] = "pivoted",
@@ -71,8 +74,15 @@ def command(
         int, typer.Option(min=0, help="Then train the small weights for so many steps on the calibration text.")
     ] = 0,
     recover_with: Annotated[
-        str, typer.Option(help="What recovery trains: factors, or sequential (one factor after the other).")
+        str,
+        typer.Option(
+            help="What recovery trains: factors, sequential (one factor after the other), or an adapter that is saved "
+            "beside the model, such as lora; see `eckart methods --family adapters`."
+        ),
     ] = "factors",
+    recover_rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the adapter that recovery trains.  [default: 16]")
+    ] = None,
     recover_rate: Annotated[float, typer.Option(help="Peak learning rate of recovery.")] = 2e-4,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read, compress and write block by block; for models larger than memory.")
@@ -95,7 +105,6 @@ def command(
     from eckart.compression import Budget
     from eckart.compression.engine import EngineName, Ray
     from eckart.compression.policies import Policy
-    from eckart.compression.recover import Train
     from eckart.compression.work import needs_data
     from eckart.linalg.rank import Form
     from eckart.models import check_target, resolve
@@ -112,7 +121,7 @@ def command(
     chosen = None if automatic else chosen_method(method, option or [])
     if stream and (automatic or recover):
         raise ValueError("--stream holds a few blocks at a time; auto and --recover need the whole model")
-    one_of("--recover-with", recover_with, get_args(Train))
+    recovery = Recovery.of(recover, recover_with, recover_rate, recover_rank)
     if stream and (dtype != "auto" or device != "cpu"):
         raise ValueError("--stream works on the CPU in the checkpoint's own type; leave out --dtype and --device")
     one_of("--engine", engine, get_args(EngineName))
@@ -136,12 +145,13 @@ def command(
             budget.unit: budget.value,
             "where": where[0] if where and len(where) == 1 else where or None,
             "allocation": policy,
+            "evaluations": evaluations,
             "form": form,
             "progress": not quiet,
         },
         texts=texts,
         needs_text=bool(recover) or chosen is None or needs_data(chosen, budget, policy),
-        recovery=Recovery(recover, cast(Train, recover_with), recover_rate) if recover else None,
+        recovery=recovery if recover else None,
     )
     if stream:
         comparison = job.streamed(cast(EngineName, engine), resume=resume)

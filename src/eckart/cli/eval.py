@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from eckart.cli._options import Device, Dtype, Field, Json, Length, Model, Quiet, load_model, prepare, window_length
+from eckart.cli._options import (
+    Adapter,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Length,
+    Model,
+    Quiet,
+    load_with_adapter,
+    prepare,
+    window_length,
+)
 from eckart.cli._output import console, print_json
 
 
@@ -16,6 +28,7 @@ def command(
         str,
         typer.Option(help="Text file, JSONL file or hub data set.  [default: held-out Python documentation]"),
     ] = "",
+    adapter: Adapter = "",
     field: Field = "text",
     max_tokens: Annotated[int, typer.Option(min=2, help="Evaluate on at most this many tokens.")] = 8192,
     length: Length = None,
@@ -34,7 +47,7 @@ def command(
     from eckart.models.result import format_bytes
 
     check_source(text or None)
-    loaded, tokenizer = load_model(model, dtype, device, progress=not quiet)
+    loaded, tokenizer = load_with_adapter(model, adapter, dtype, device, progress=not quiet)
     if not is_causal(loaded):
         raise ValueError(f"{type(loaded).__name__} is no causal language model, so it has no perplexity")
     if tokenizer is None:

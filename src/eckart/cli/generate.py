@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli._options import Device, Dtype, Json, Model, load_model, prepare
+from eckart.cli._options import Adapter, Device, Dtype, Json, Model, load_with_adapter, prepare
 from eckart.cli._output import print_json
 
 
@@ -16,6 +16,7 @@ def command(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer with --chat; - reads standard input.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 64,
+    adapter: Adapter = "",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, sample at this temperature.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -34,7 +35,7 @@ def command(
     from eckart.models.evaluate import context_length
     from eckart.models.finite import check_finite
 
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_with_adapter(model, adapter, dtype, device)
     network: Any = loaded
     if not network.can_generate():
         raise ValueError(f"{type(network).__name__} cannot generate text; give a causal language model")

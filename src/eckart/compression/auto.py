@@ -12,14 +12,13 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..linalg.errors import LinalgError
 from ..linalg.rank import Form
-from ..models.batches import as_batches, single_examples
+from ..models.batches import as_batches, calibrating_and_judging
 from ..models.evaluate import is_causal, perplexity
 from ..models.progress import track
 from ..models.select import Where
@@ -33,6 +32,7 @@ __all__ = ["CANDIDATES", "Choice", "Trial", "choose"]
 CANDIDATES: tuple[tuple[str, Policy], ...] = (
     ("pifa", "uniform"),
     ("pifa", "threshold"),
+    ("pifa", "fisher"),
     ("pifa", "block-influence"),
     ("svd-llm", "svd-llm-v2"),
     ("modegpt", "block-influence"),
@@ -133,11 +133,9 @@ def choose(
     """
     if not is_causal(model):
         raise ValueError("auto judges by perplexity, which only causal language models have; name a method")
-    rows = list(islice(single_examples(as_batches(data)), sequences))
-    judged = as_batches(held_out) if held_out is not None else None
-    if judged is None:
-        cut = len(rows) - max(1, len(rows) // 4)
-        rows, judged = rows[:cut], rows[cut:]
+    rows, judged = calibrating_and_judging(as_batches(data), sequences)
+    if held_out is not None:
+        rows, judged = [*rows, *judged], as_batches(held_out)
     if not rows:
         raise ValueError("auto needs two sequences or more: to calibrate on, and to judge by")
     dense = perplexity(model, judged, progress=False).perplexity

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from ..linalg.allocate import Matrix, allocate
-from ..linalg.allocate import Policy as SpectralPolicy
 from ..linalg.rank import Form, break_even_rank, energy_rank, num_parameters, rank_for_parameters
 from ..models.topology import kinds_of
-from .policies import Policy, is_spectral
+from .policies import Policy, is_spectral, rule_of
 
 __all__ = ["Budget", "kinds_of"]
 
@@ -105,9 +104,9 @@ class Budget:
 
         Args:
             shapes: name -> (m, n).
-            policy: how one budget is shared, see `eckart.linalg.allocate`.
+            policy: how one budget is shared, see `eckart.compression.policies`.
             form: storage form, which sets what a rank costs.
-            spectra: name -> singular values, where `needs_spectra`.
+            spectra: name -> singular values, where `needs_spectra`; those of `loss_spectrum` for "fisher".
             kinds: name -> type of the matrix (all query projections, say), for policies that share
                 within a type.
             shares: name -> fraction of it to remove, under a policy that looks at no spectrum.
@@ -140,7 +139,7 @@ class Budget:
             for name, shape in shapes.items()
         ]
         try:
-            return allocate(matrices, ratio, policy=cast(SpectralPolicy, policy), form=form, **(limits or {}))
+            return allocate(matrices, ratio, policy=rule_of(policy), form=form, **(limits or {}))
         except ValueError as error:
             if self.unit == "ratio":
                 raise

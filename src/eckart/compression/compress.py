@@ -26,8 +26,9 @@ from .budget import Budget
 from .checks import check_promises, check_untouched, describe
 from .contract import LayerMethod, ModelMethod
 from .policies import Policy
+from .request import AnyMethod, Request, Streaming
 from .runner import Walk
-from .work import AnyMethod, Request, Streaming, policy_of, prepare
+from .work import policy_of, prepare
 
 __all__ = ["compress", "make_method", "name_of"]
 
@@ -45,6 +46,7 @@ def compress(
     statistics: Mapping[str, Statistics] | None = None,
     where: Where | None = None,
     allocation: Policy | None = None,
+    evaluations: int = 16,
     form: Form = "pivoted",
     progress: bool = True,
     streaming: Streaming | None = None,
@@ -67,8 +69,10 @@ def compress(
         statistics: what `eckart.calibrate` gathered on the dense model, to compress it several times with one
             calibration; not enough for methods that look at the compressed model too.
         where: which linears, as in `eckart.models.linears`; default all inside the repeated blocks.
-        allocation: how one ratio is shared: "uniform", "threshold", "svd-llm-v2", "welore", "block-influence",
-            "lorap"; default the method's own.
+        allocation: how one ratio is shared: "uniform", "threshold", "svd-llm-v2", "welore", "fisher",
+            "block-influence", "lorap", "search"; default the method's own.
+        evaluations: compressions that allocation="search" tries before the real one, 16: three ways to start, and
+            most of a round over the kinds of matrix.
         form: "pivoted" (fewer numbers at the same rank, lossless) or "plain" (two factors).
         progress: show bars with the time left.
         streaming: for models that do not fit, where the weights are and who factorises (`eckart.compression.stream`).
@@ -101,10 +105,23 @@ def compress(
     for value, allowed, name in ((policy, Policy, "allocation"), (form, Form, "form")):
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {value!r}")
+    if evaluations < 1:
+        raise ValueError(f"evaluations must be at least 1, not {evaluations}")
     check_untouched(model)
     name = name_of(chosen)
     request = Request(
-        name, chosen, budget, policy, form, where, data, tokenizer, dict(statistics or {}), streaming, progress
+        name,
+        chosen,
+        budget,
+        policy,
+        evaluations,
+        form,
+        where,
+        data,
+        tokenizer,
+        dict(statistics or {}),
+        streaming,
+        progress,
     )
     parameters, size = num_parameters(model), model_bytes(model)
     with torch.inference_mode(False):  # the parts of a model are found by gradients
@@ -116,6 +133,7 @@ def compress(
         "allocation": policy,
         "form": form,
         "where": _in_words(where),
+        **work.notes,
     }
     entry = {"verb": "compress", "method": name, **settings}
     if streaming is not None:

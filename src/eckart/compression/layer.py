@@ -14,6 +14,7 @@ from ..models.result import LayerResult
 from ..models.select import LinearRef
 from ..structures import LowRank, Structure
 from .contract import Factors, LayerMethod, StructureMethod, WeightMethod
+from .policies import loss_spectrum
 
 __all__ = ["Fit", "Measure", "compressed", "left_dense", "low_rank", "relative_error"]
 
@@ -46,15 +47,22 @@ class Measure:
 
     Attributes:
         method: whose measure.
+        information: sum of the Fisher information over each weight by name, for spectra in units of the loss; 0 for one
+            that is not there.
     """
 
     method: LayerMethod
+    information: Mapping[str, float] | None = None
 
     def __call__(self, ref: LinearRef, statistics: Statistics | None) -> torch.Tensor:
         """All ones where no token came."""
         if statistics is None:
             return torch.ones(min(ref.shape))
-        return self.method.spectrum(ref.weight.detach(), statistics).cpu()
+        s = self.method.spectrum(ref.weight.detach(), statistics).cpu()
+        if self.information is None:
+            return s
+        measure = self.method.weight_of_inputs(statistics)
+        return loss_spectrum(s, measure, self.information.get(ref.name, 0.0), ref.shape)
 
 
 def left_dense(ref: LinearRef) -> LayerResult:

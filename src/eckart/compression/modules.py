@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ class ModuleWalk:
         biases: how many numbers went with biases that became shorter.
         dense: names of parts that stay as they are.
         skipped: linears that are left alone, with the reason.
+        notes: what a policy found out; nothing.
         selected: numbers in the parts' weights before.
     """
 
@@ -89,6 +91,7 @@ class ModuleWalk:
     biases: int = 0
     dense: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     selected: int = field(init=False)
 

@@ -1,17 +1,23 @@
 """How one budget is shared over blocks and matrices, by name: open to every method that compresses single weights.
 
-Policies on spectra are `eckart.linalg.allocate`'s. Those here say which FRACTION of each block or matrix goes:
+Policies on spectra are `eckart.linalg.allocate`'s, and one more is its threshold on spectra in units of the loss:
+
+    fisher             min sum_l loss_l(k_l),   loss_l(k) = c_l / 2 sum_{i>k} s_li^2      see `loss_spectrum`
+
+The others say which FRACTION of each block or matrix goes; "search" finds it by trying, see `search.py`.
 
     block-influence    removed_l = L ratio softmax(-influence_l / temperature)       influence: 1 - mean cos(x_l, x_l+1)
     lorap              kept of v, o : kept of q, k = 3 : 1 in rank; MLPs as the ratio says
 
-MoDeGPT: C.-H. Lin et al., ICLR 2025, arXiv 2408.09632. LoRAP: G. Li et al., ICML 2024, arXiv 2404.09695.
+FWSVD: Y.-C. Hsu et al., ICLR 2022, arXiv 2207.00112. MoDeGPT: C.-H. Lin et al., ICLR 2025, arXiv 2408.09632. LoRAP:
+G. Li et al., ICML 2024, arXiv 2404.09695.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,10 +26,21 @@ from ..linalg.allocate import Policy as SpectralPolicy
 from ..models.select import LinearRef
 from ..models.topology import Block, block_of
 
-__all__ = ["Policy", "SharedPolicy", "attention_shares", "block_shares", "is_spectral", "known", "shares_of"]
+__all__ = [
+    "Policy",
+    "SharedPolicy",
+    "attention_shares",
+    "block_shares",
+    "is_spectral",
+    "known",
+    "loss_spectrum",
+    "needs_text",
+    "rule_of",
+    "shares_of",
+]
 
 SharedPolicy = Literal["block-influence", "lorap"]
-Policy = Literal["uniform", "threshold", "svd-llm-v2", "welore", "block-influence", "lorap"]
+Policy = Literal["uniform", "threshold", "svd-llm-v2", "welore", "fisher", "block-influence", "lorap", "search"]
 
 
 def known() -> tuple[str, ...]:
@@ -33,7 +50,56 @@ def known() -> tuple[str, ...]:
 
 def is_spectral(policy: str) -> bool:
     """Whether `eckart.linalg.allocate` does it, from the spectra of all matrices."""
-    return policy in get_args(SpectralPolicy)
+    return policy == "fisher" or policy in get_args(SpectralPolicy)
+
+
+def rule_of(policy: str) -> SpectralPolicy:
+    """The rule of `eckart.linalg.allocate` behind a policy on spectra.
+
+    Example:
+        >>> rule_of("welore"), rule_of("fisher")
+        ('welore', 'threshold')
+    """
+    return "threshold" if policy == "fisher" else cast(SpectralPolicy, policy)
+
+
+def needs_text(policy: str) -> bool:
+    """Whether it looks at what the model does with text, whatever the method needs."""
+    return policy in ("fisher", "block-influence", "search")
+
+
+def loss_spectrum(s: Tensor, measure: Tensor | None, information: float, shape: tuple[int, int]) -> Tensor:
+    """Singular values in units of the loss: half their squares are what the loss is predicted to gain by dropping them.
+
+        loss(W - E) - loss(W)  ~  1/2 sum_ij F_ij E_ij^2  ~  c/2 tr(E M E^T)  =  c/2 sum_{i>k} s_i^2
+        c = sum_ij F_ij / (m tr M)            W, E, F (m, n), M (n, n), s (min(m, n),)
+
+    F is the diagonal empirical Fisher information, which stands for the Hessian where the gradient is zero. A method
+    that minimises tr(E M E^T), with the identity for M where it looks at no data, drops a tail of its s_i^2. For every
+    output, c M is taken for F, with the same sum. Where M is FWSVD's own diag(f) that is its row-weighted loss, where M
+    is the identity the mean of F counts, and with M = sum of x x^T the mean curvature of a layer's outputs.
+
+    Args:
+        s: (min(m, n),) singular values of the weight in the method's measure.
+        measure: M (n, n), or its diagonal (n,); None for the identity.
+        information: sum of F over the matrix; a factor that all matrices share does not matter.
+        shape: (m, n).
+
+    Returns:
+        sqrt(c) s.
+
+    Example:
+        >>> loss_spectrum(torch.tensor([2.0, 1.0]), None, 24.0, (3, 2))  # F is 4 everywhere
+        tensor([4., 2.])
+
+    Reference:
+        Y. LeCun, J. Denker and S. Solla, Optimal Brain Damage, NIPS 1989, for the diagonal prediction; Y.-C. Hsu et
+        al., ICLR 2022, arXiv 2207.00112, for its row-weighted form; J. Martens and R. Grosse, ICML 2015, arXiv
+        1503.05671, for the Fisher information as a product of inputs and output gradients.
+    """
+    m, n = shape
+    trace = n if measure is None else float(measure.sum() if measure.ndim == 1 else measure.trace())
+    return s * math.sqrt(information / (m * trace)) if trace > 0 else torch.zeros_like(s)
 
 
 def block_shares(influence: Tensor, ratio: float, *, temperature: float = 0.1, most: float = 0.8) -> Tensor:

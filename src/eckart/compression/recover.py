@@ -2,10 +2,10 @@
 
     "factors"      all numbers of the structures, and the norms, at once
     "sequential"   SVD-LLM's low-rank update: of W = up down first up, with down as it is, then down with the new up
+    "adapter"      the adapters of PEFT that are on the model; its own weights stay as they are
 
-The loss is the model's own on the calibration text. X. Wang et al., SVD-LLM, ICLR 2025, arXiv 2403.07378; A. Jaiswal et
-al., WeLore, ICML 2025, arXiv 2407.11239, who train the factored layers only. For an adapter on a compressed model there
-is `eckart adapt`.
+The loss is the model's own on the calibration text. X. Wang et al., SVD-LLM, ICLR 2025, arXiv 2403.07378, who also
+train a LoRA; A. Jaiswal et al., WeLore, ICML 2025, arXiv 2407.11239, who train the factored layers only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..models.adapted import is_adapted
 from ..models.batches import as_batches, single_examples, with_labels
 from ..models.evaluate import perplexity
 from ..models.groups import evaluating
@@ -29,7 +30,7 @@ from ..structures import EckartWarning, LowRank
 
 __all__ = ["Recovered", "Train", "recover"]
 
-Train = Literal["factors", "sequential"]
+Train = Literal["factors", "sequential", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,19 @@ def recover(
     seed: int = 0,
     progress: bool = True,
 ) -> Recovered:
-    """Fine-tune a compressed model's structures on calibration text, in place.
+    """Fine-tune a compressed model's structures, or the adapter on it, on calibration text, in place.
 
     AdamW without decay, a tenth of the steps to warm up, then a cosine to a tenth of the rate; forward and backward in
-    bfloat16 beside float32 weights. The state of the best held-out loss is not kept apart: what is there at the end is.
+    bfloat16 beside float32 weights, for adapters in the types that are there. The state of the best held-out loss is
+    not kept apart: what is there at the end is.
 
     Args:
-        model: a causal language model with structures, as `eckart.compress` and `eckart.load` give it.
+        model: a causal language model with structures, as `eckart.compress` and `eckart.load` give it; for "adapter"
+            what `eckart.adapt` made of it.
         data: batches, as for `eckart.compress`; sequences are drawn from all of them.
         steps: updates.
-        train: what is trained; "sequential" halves the steps between the two factors and needs low-rank layers.
+        train: what is trained; "sequential" halves the steps between the two factors and needs low-rank layers,
+            "adapter" needs an adapter that can be trained.
         learning_rate: peak, 2e-4.
         batch_size: sequences an update.
         held_out: batches to measure the loss on; default an eighth of ``data``, which is then not trained on.
@@ -87,7 +91,8 @@ def recover(
         Losses before and after, and the time.
 
     Raises:
-        ValueError: no structure, too little data, or a loss that is not finite; before the first step nothing changed.
+        ValueError: no structure or adapter, too little data, or a loss that is not finite; before the first step
+            nothing changed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,7 +129,7 @@ def recover(
             only_gradients_for(model, parameters)
             trained += sum(p.numel() for p in parameters)
             limit = None if max_seconds is None else max_seconds / len(phases)
-            run = _Run(count, learning_rate, batch_size, limit, progress)
+            run = _Run(count, learning_rate, batch_size, limit, progress, adapters=train == "adapter")
             history += _train(model, parameters, sequences, run, generator)
     finally:
         for name, parameter in model.named_parameters():
@@ -141,6 +146,11 @@ def recover(
 
 def _phases(model: nn.Module, train: Train, steps: int) -> list[tuple[int, list[nn.Parameter]]]:
     """(steps, parameters) one after the other."""
+    if train == "adapter":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not is_adapted(model) or not trained:
+            raise ValueError('train="adapter" needs an adapter that can be trained; put one on with eckart.adapt')
+        return [(steps, trained)]
     structured = structured_parameters(model)
     if train == "factors":
         return [(steps, [*structured.values(), *norm_parameters(model).values()])]
@@ -164,6 +174,7 @@ class _Run:
     batch_size: int
     max_seconds: float | None
     progress: bool
+    adapters: bool = False
 
 
 def _train(
@@ -175,9 +186,12 @@ def _train(
 ) -> list[float]:
     device, steps, learning_rate = parameters[0].device, run.steps, run.learning_rate
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+    told = getattr(getattr(model, "base_model", None), "on_step", None)  # adapters with a schedule count steps
     history: list[float] = []
     start = time.perf_counter()
     with evaluating(model), torch.enable_grad():
+        if run.adapters:
+            model.train()  # their penalties and draws are for training
         for step in track(range(steps), "recover", enabled=run.progress):
             done = step / steps
             if run.max_seconds is not None:
@@ -187,22 +201,25 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(done, step, steps)
             chosen = torch.randint(len(sequences), (run.batch_size,), generator=generator).tolist()
-            loss = _loss(model, _batches([sequences[i] for i in chosen], run.batch_size), device)
+            batches = _batches([sequences[i] for i in chosen], run.batch_size)
+            loss = _loss(model, batches, device, half=not run.adapters)  # which not all adapters can do with
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {step} is not finite; lower learning_rate from {learning_rate}")
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            if told:
+                told(step + 1, steps)  # while the gradients are there
             optimizer.zero_grad()
             history.append(loss)
     return history
 
 
-def _loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> float:
+def _loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], device: torch.device, *, half: bool) -> float:
     """Backward through a batch whose sequences may have different lengths; its mean loss a token."""
     counts = [int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = model(**{key: value.to(device) for key, value in batch.items()}).loss * (count / sum(counts))
         loss.backward()
         total += float(loss.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -59,6 +59,7 @@ class Plan:
         members: the selected linears.
         model_bytes: size of the whole model now.
         shares: fraction of each linear to remove, under a policy that looks at no spectrum.
+        information: sum of the Fisher information over each linear's weight, for "fisher"; 0 for one that is not there.
     """
 
     method: LayerMethod
@@ -68,6 +69,7 @@ class Plan:
     members: Sequence[LinearRef]
     model_bytes: int
     shares: Mapping[str, float] | None = None
+    information: Mapping[str, float] | None = None
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Walk:
         layers: what was done, in the model's order at the end.
         unreached: selected linears that saw no calibration token.
         skipped: linears that are left alone, with the reason.
+        notes: what a policy found out, for the settings of the result.
     """
 
     plan: Plan
@@ -102,6 +105,7 @@ class Walk:
     unreached: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     biases: int = 0  # they stay
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selected(self) -> int:
@@ -129,7 +133,7 @@ class Walk:
             {ref.name: ref.shape for ref in plan.members},
             policy=plan.policy,
             form=plan.form,
-            spectra=self._survey() if surveyed else None,
+            spectra=self.survey() if surveyed else None,
             kinds=kinds_of([ref.name for ref in plan.members]),
             shares=plan.shares,
             limits=plan.method.limits,
@@ -140,10 +144,14 @@ class Walk:
             self.finished.keep_ranks(ranks)
         return ranks
 
-    def _survey(self) -> dict[str, torch.Tensor]:
-        """Spectra of all selected weights under the method's own measure, from the dense model."""
+    def survey(self) -> dict[str, torch.Tensor]:
+        """Spectra of all selected weights under the method's own measure, from the dense model.
+
+        In units of the loss, where the plan has the Fisher information.
+        """
         method, spectra = self.plan.method, {}
-        for members, _, found in self._dense_pass(Measure(method), method.surveys, "survey", changed=False):
+        task = Measure(method, self.plan.information)
+        for members, _, found in self._dense_pass(task, method.surveys, "survey", changed=False):
             spectra.update({ref.name: s for ref, s in zip(members, found, strict=True)})
         return spectra
 

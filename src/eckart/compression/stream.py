@@ -14,7 +14,7 @@ from ..models.stream import StreamedModel
 from .compress import compress
 from .engine import Engine, EngineName, Local, Ray
 from .finished import Finished
-from .work import AnyMethod, Streaming
+from .request import AnyMethod, Streaming
 
 __all__ = ["compress_checkpoint"]
 

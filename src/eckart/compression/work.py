@@ -2,110 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from ..linalg.rank import Form
-from ..models.batches import as_batches, text_batches
-from ..models.calibrate import SEQUENTIAL, Statistics, calibrate
+from ..models.calibrate import SEQUENTIAL, calibrate
 from ..models.evaluate import model_bytes
 from ..models.finite import check_finite
+from ..models.fisher import fisher
 from ..models.heads import head_axes
 from ..models.influence import block_influence
-from ..models.replay import Batch
 from ..models.result import LayerResult
-from ..models.select import Selection, Skipped, Where, linears
+from ..models.select import Selection, Skipped, linears
 from ..models.topology import Block, blocks
 from .budget import Budget
 from .checks import check_statistics, inside_blocks
 from .contract import Job, LayerMethod, ModelMethod, ModuleMethod
-from .engine import Engine
-from .finished import Finished
 from .modules import ModuleWalk, choose_parts
-from .policies import Policy, SharedPolicy, is_spectral, shares_of
-from .runner import Plan, Walk, Weights
+from .policies import Policy, SharedPolicy, is_spectral, needs_text, shares_of
+from .request import AnyMethod, Request
+from .runner import Plan, Walk
+from .search import search
 
-__all__ = ["AnyMethod", "Request", "Streaming", "Work", "needs_data", "policy_of", "prepare"]
-
-AnyMethod = LayerMethod | ModuleMethod | ModelMethod
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """How a model is compressed whose weights stay on disk.
-
-    Attributes:
-        weights: where the blocks' weights are.
-        engine: who factorises.
-        finished: what an earlier run has done, and where this one says what it has done.
-    """
-
-    weights: Weights
-    engine: Engine
-    finished: Finished
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `compress` was asked for.
-
-    Attributes:
-        name: what messages call the method.
-        method: how.
-        budget: how far.
-        policy: how the budget is shared.
-        form: how factors are stored.
-        where: which linears.
-        data: calibration batches, if given.
-        tokenizer: for a default text.
-        given: statistics gathered beforehand.
-        streaming: how, if the weights are not in memory.
-        progress: show bars.
-    """
-
-    name: str
-    method: AnyMethod
-    budget: Budget
-    policy: Policy
-    form: Form
-    where: Where | None
-    data: Iterable[Any] | None
-    tokenizer: Any
-    given: dict[str, Statistics]
-    streaming: Streaming | None
-    progress: bool
-
-    def batches(self) -> list[Batch]:
-        """The calibration batches.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if self.data is not None:
-            return as_batches(self.data)
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} needs calibration data: give data=batches, or tokenizer= for a default text")
-        return text_batches(self.tokenizer)
-
-    def in_memory(self, why: str) -> None:
-        """Refuse a model whose weights are on disk."""
-        if self.streaming is not None:
-            raise ValueError(f"{self.name} {why}; it cannot be streamed")
-
-    def ratio(self, shapes: Mapping[str, tuple[int, int]], size: int, itemsize: int, form: Form) -> float:
-        """The budget as a fraction of these matrices.
-
-        Raises:
-            ValueError: it is a rank or an energy, or bytes out of reach.
-        """
-        try:
-            return self.budget.as_ratio(shapes, form, size, itemsize)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+__all__ = ["Work", "needs_data", "policy_of", "prepare"]
 
 
 def policy_of(method: AnyMethod, allocation: Policy | None) -> Policy:
@@ -118,7 +40,7 @@ def needs_data(method: AnyMethod, budget: Budget, allocation: Policy | None = No
     if isinstance(method, ModelMethod):
         return method.data
     policy = policy_of(method, allocation)
-    if budget.is_shared and policy == "block-influence":
+    if budget.is_shared and needs_text(policy):
         return True
     if isinstance(method, ModuleMethod):
         return bool(method.needs)
@@ -133,12 +55,14 @@ class Work(Protocol):
         layers: what was done so far, by layer.
         skipped: what was left alone, with the reason.
         biases: numbers that went with biases, which are not selected.
+        notes: what a policy found out, for the settings of the result.
     """
 
     model: nn.Module
     layers: dict[str, LayerResult]
     skipped: list[Skipped]
     biases: int
+    notes: dict[str, Any]
 
     @property
     def selected(self) -> int:
@@ -177,33 +101,52 @@ def _layers(
 ) -> Work:
     members, budget, policy, given = selection.linears, request.budget, request.policy, request.given
     surveys = method.surveys if budget.needs_spectra(policy) else frozenset()
+    by_fisher = policy == "fisher" and budget.is_shared
     if given:
-        check_statistics(given, members, (method.gathers | surveys) - SEQUENTIAL)
-    sharing = None if is_spectral(policy) or not budget.is_shared else cast(SharedPolicy, policy)
+        wanted = method.gathers | surveys | (frozenset({"fisher"}) if by_fisher else frozenset())
+        check_statistics(given, members, wanted - SEQUENTIAL)
+    sharing = None if is_spectral(policy) or not budget.is_shared else policy
     forward = (bool(method.gathers | surveys) and not given) or method.sequential
-    batches = request.batches() if forward or sharing == "block-influence" else []
+    reads = needs_text(policy) and budget.is_shared and not (by_fisher and given)
+    batches = request.batches() if forward or reads else []
     if "fisher" in method.gathers:
         request.in_memory("needs gradients of the whole model")
-        if not given:
-            given = calibrate(model, batches, method.gathers, where=request.where, progress=request.progress)
+    if by_fisher:
+        request.in_memory("with allocation='fisher' needs gradients of the whole model")
     size = model_bytes(model)
-    shares = None
-    if sharing:
-        request.in_memory(f"with allocation={sharing!r} looks at the whole model first")
-        ratio = request.ratio({r.name: r.shape for r in members}, size, members[0].dtype.itemsize, request.form)
-        influence = roles = None
-        if sharing == "block-influence":
-            influence = block_influence(model, repeated, batches, progress=request.progress)
-        else:
-            roles = {axis.name: axis.role for axis in head_axes(model)}
-        shares = shares_of(sharing, members, repeated, ratio, influence=influence, roles=roles)
-    plan = Plan(method, budget, policy, request.form, members, size, shares)
+    plan = Plan(method, budget, policy, request.form, members, size)
     walk = Walk(plan, model, repeated, batches, given=given, progress=request.progress)
     walk.skipped = selection.skipped
     if request.streaming is not None:
         streaming = request.streaming
         walk.weights, walk.engine, walk.finished = streaming.weights, streaming.engine, streaming.finished
+    if sharing:
+        request.in_memory(f"with allocation={sharing!r} looks at the whole model first")
+        ratio = request.ratio({r.name: r.shape for r in members}, size, members[0].dtype.itemsize, request.form)
+        walk.plan = replace(plan, shares=_shares(walk, request, sharing, ratio))
+    if "fisher" in method.gathers and not given:
+        walk.given = calibrate(model, batches, method.gathers, where=request.where, progress=request.progress)
+    if by_fisher:
+        known = walk.given or fisher(model, batches, members, progress=request.progress)
+        sums = {name: float(entry.require("fisher").sum()) for name, entry in known.items()}
+        walk.plan = replace(walk.plan, information=sums)
     return walk
+
+
+def _shares(walk: Walk, request: Request, policy: Policy, ratio: float) -> dict[str, float]:
+    """The fraction of each linear to remove, by a policy that looks at no spectrum."""
+    if policy == "search":
+        found = search(walk, ratio, request.where, request.evaluations)
+        walk.notes = {"search": found.to_dict()}
+        return found.shares
+    influence = roles = None
+    if policy == "block-influence":
+        influence = block_influence(walk.model, walk.blocks, walk.batches, progress=request.progress)
+    else:
+        roles = {axis.name: axis.role for axis in head_axes(walk.model)}
+    return shares_of(
+        cast(SharedPolicy, policy), walk.plan.members, walk.blocks, ratio, influence=influence, roles=roles
+    )
 
 
 def _modules(
@@ -241,6 +184,7 @@ class _Whole:
     layers: dict[str, LayerResult] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     biases: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, method: ModelMethod, request: Request) -> _Whole:

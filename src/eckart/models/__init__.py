@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapter_files import save_with_adapter
 from .batches import as_batches, read_text, text_batches
 from .calibrate import Statistics, calibrate, collect, members_of
 from .checkpoint import load, load_tokenizer, resolve, save
@@ -58,6 +59,7 @@ __all__ = [
     "resolve",
     "same_input",
     "save",
+    "save_with_adapter",
     "specs",
     "text_batches",
     "time_per_token",

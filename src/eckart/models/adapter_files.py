@@ -1,4 +1,4 @@
-"""Adapters on disk: put one on its base model, or say in one line why it does not belong there."""
+"""Adapters on disk: put one on its base model, or say in one line why it does not belong there; save both together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..linalg import relative_error
+from .adapted import under_adapters
+from .checkpoint import save
+from .files import atomic_directory, check_target
 from .stored import LayoutError, stored_linears
 
-__all__ = ["check_base", "is_adapter", "load_adapter"]
+__all__ = ["BESIDE", "check_base", "is_adapter", "load_adapter", "save_with_adapter"]
+
+BESIDE = "adapter"  # the directory of an adapter in that of the model that it is on
 
 _ROUNDED = 0.01  # relative: a base that was rounded to half precision is still the same base
 
@@ -88,3 +93,36 @@ def load_adapter(model: Any, path: str | os.PathLike[str]) -> Any:
     if any("missing adapter keys" in str(warning.message) for warning in said):
         raise ValueError(f"the adapter in {path} lacks tensors that its configuration asks for; it is damaged")
     return made.eval()
+
+
+def save_with_adapter(
+    adapted: Any, path: str | os.PathLike[str], tokenizer: Any | None = None, *, force: bool = False
+) -> Path:
+    """Save the model under an adapter, and in its directory ``adapter/`` the adapter, which names it as its base.
+
+    Both are loaded by plain transformers and PEFT after ``import eckart``; the model alone is loaded without the
+    adapter. The directory appears whole or not at all.
+
+    Args:
+        adapted: a PEFT model of a transformers model, with or without structures; not changed.
+        path: directory to write.
+        tokenizer: tokenizer or processor to save with the model.
+        force: replace a model that is there already.
+
+    Returns:
+        The absolute path of the model.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``force`` is not given, or it is not a model's directory.
+        CheckpointError: it cannot be written (permission, space).
+        ValueError: the model under the adapter cannot be saved, see `save`.
+    """
+    target = check_target(path, force=force)
+    for name in adapted.active_adapters:
+        adapted.peft_config[name].base_model_name_or_path = str(target)
+    model: Any = under_adapters(adapted)
+    with atomic_directory(target, force=force) as partial:
+        save(model, partial, tokenizer, force=True)
+        # The base is not there yet, so PEFT could not look up whether its vocabulary has grown; it has not.
+        adapted.save_pretrained(str(partial / BESIDE), save_embedding_layers=False)
+    return target

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,16 @@ import torch
 
 from .replay import Batch
 
-__all__ = ["as_batches", "check_source", "python_documentation", "read_text", "single_examples", "text_batches"]
+__all__ = [
+    "as_batches",
+    "calibrating_and_judging",
+    "check_source",
+    "python_documentation",
+    "read_text",
+    "single_examples",
+    "text_batches",
+    "with_labels",
+]
 
 Part = Literal["calibration", "evaluation"]
 
@@ -187,6 +197,28 @@ def single_examples(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[B
         size = next(iter(batch.values())).shape[0]
         for row in range(size):
             yield {key: t[row : row + 1] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}
+
+
+def calibrating_and_judging(
+    batches: Sequence[Mapping[str, torch.Tensor]], sequences: int = 16
+) -> tuple[list[Batch], list[Batch]]:
+    """The first rows of batches, each as a batch of its own: three quarters to calibrate trials on, the rest to judge.
+
+    Args:
+        batches: at least one row.
+        sequences: how many rows; all if there are fewer.
+
+    Returns:
+        The two parts; a single row is there to judge by.
+
+    Example:
+        >>> tried, judged = calibrating_and_judging([{"input_ids": torch.arange(20).reshape(10, 2)}], sequences=8)
+        >>> len(tried), len(judged)
+        (6, 2)
+    """
+    rows = list(islice(single_examples(batches), sequences))
+    cut = len(rows) - max(1, len(rows) // 4)
+    return rows[:cut], rows[cut:]
 
 
 def with_labels(batch: Mapping[str, torch.Tensor]) -> Batch:
