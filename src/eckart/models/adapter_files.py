@@ -11,7 +11,7 @@ from typing import Any
 from ..linalg import relative_error
 from .adapted import under_adapters
 from .checkpoint import save
-from .files import atomic_directory, check_target
+from .files import check_target
 from .stored import LayoutError, stored_linears
 
 __all__ = ["BESIDE", "check_base", "is_adapter", "load_adapter", "save_with_adapter"]
@@ -120,9 +120,10 @@ def save_with_adapter(
     target = check_target(path, force=force)
     for name in adapted.active_adapters:
         adapted.peft_config[name].base_model_name_or_path = str(target)
-    model: Any = under_adapters(adapted)
-    with atomic_directory(target, force=force) as partial:
-        save(model, partial, tokenizer, force=True)
+
+    def adapter(directory: Path) -> None:
         # The base is not there yet, so PEFT could not look up whether its vocabulary has grown; it has not.
-        adapted.save_pretrained(str(partial / BESIDE), save_embedding_layers=False)
-    return target
+        adapted.save_pretrained(str(directory / BESIDE), save_embedding_layers=False)
+
+    model: Any = under_adapters(adapted)
+    return save(model, target, tokenizer, force=force, beside=adapter)

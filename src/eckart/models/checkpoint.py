@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def save(
     history: Sequence[Any] | None = None,
     force: bool = False,
     max_shard_size: int | str = "5GB",
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Save a model with its structures, so that plain ``from_pretrained`` loads it after ``import eckart``.
 
@@ -146,6 +147,7 @@ def save(
         history: entries to add to the model's history, see :func:`~eckart.models.mark`.
         force: replace a model that is there already.
         max_shard_size: largest weight file, in bytes or as in ``"5GB"``.
+        beside: writes what else belongs into the directory, before it appears.
 
     Returns:
         The absolute path.
@@ -165,6 +167,8 @@ def save(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if beside is not None:
+            beside(partial)
     return target
 
 
