@@ -161,6 +161,8 @@ def contenders() -> dict[str, Make]:
         found |= {f"{name} {ratio}": by(name, ratio) for name in names}
         found[f"svd-llm plain {ratio}"] = by("svd-llm", ratio, form="plain")
         found[f"pifa threshold {ratio}"] = by("pifa", ratio, allocation="threshold")
+        found[f"pifa fisher {ratio}"] = by("pifa", ratio, allocation="fisher")
+        found[f"svd-llm fisher {ratio}"] = by("svd-llm", ratio, allocation="fisher")
         found[f"pifa block-influence {ratio}"] = by("pifa", ratio, allocation="block-influence")
         found[f"magnitude pruning {ratio}"] = pruned(ratio)
         found[f"auto {ratio}"] = chosen(ratio)

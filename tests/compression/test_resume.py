@@ -93,7 +93,7 @@ def test_the_files_are_those_of_an_uninterrupted_run(method, options, llama, tmp
     with monkeypatch.context() as patch:
         last = Ends(patch, None)
         if "allocation" in options:
-            patch.setattr(Walk, "_survey", lambda _: pytest.fail("it measures all weights once more"))
+            patch.setattr(Walk, "survey", lambda _: pytest.fail("it measures all weights once more"))
         found = go(llama, out, method, resume=True, **options)
     assert last.count == layers, "what is finished is not factorised again"
     assert files(out) == files(tmp_path / "whole")
