@@ -128,7 +128,8 @@ def test_what_cannot_be_done_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="sub-moe takes a ratio, not rank"):
         compress(model, "sub-moe", rank=3, data=batches(model), progress=False)
     with pytest.raises(
-        ValueError, match="sub-moe has no option ranks; it has: window, basis_energy, align, tokens, seed"
+        ValueError,
+        match="sub-moe has no option ranks; it has: window, basis_energy, experts, intra, group, basis, align,",
     ):
         run(model, 0.5, batches(model), ranks=1)
     assert_unchanged(model, before)
