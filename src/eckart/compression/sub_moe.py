@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..linalg import energy_rank, svd
 from ..linalg.assignment import assignment
 from ..linalg.kmeans import kmeans_in_groups
-from ..models.experts import Expert, ExpertBank, Routing, expert_banks, route
+from ..models.experts import Expert, ExpertBank, Routing, route
 from ..models.geometry import Geometry, set_geometry
 from ..models.replace import swap
 from ..models.result import LayerResult
@@ -136,7 +136,7 @@ class SubMoE(ModelMethod):
 
     def check(self, job: Job) -> None:
         """Refuse a model without banks of experts, and a ratio that leaves a layer without any."""
-        banks = expert_banks(job.model)
+        banks = job.banks
         if not banks:
             raise ValueError(
                 f"{type(job.model).__name__} has no bank of fused experts (gate_up_proj and down_proj without biases); "
@@ -150,7 +150,7 @@ class SubMoE(ModelMethod):
 
     def compress(self, job: Job) -> tuple[nn.Module, list[LayerResult]]:
         """Cluster and merge, window by window, in place."""
-        banks = expert_banks(job.model)
+        banks = job.banks
         counts = self._counts(banks, job.ratio)
         sums = {bank.name: torch.zeros(bank.count, bank.count, dtype=torch.float64) for bank in banks}
         grams = {bank.name: InputGrams.of(bank) for bank in banks} if self.experts != "merged" else {}
