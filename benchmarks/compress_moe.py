@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from adapter_job import Training, add_row, each_in_its_process, rows, write_table
 from common import RESULTS, environment
-from compress_lm import Job, Make, by, bytes_of, dense
+from compress_lm import Job, Make, by, bytes_of, dense, quantized
 from language_model import text
 from torch import Tensor, nn
 
@@ -123,6 +123,18 @@ def load(size: Size, name: str) -> Job:
     return Job(size, model, None, data, test, [])
 
 
+def eight_bits(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """torchao's weight-only integers on the linears of the blocks and on the fused experts."""
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    made, notes = quantized(8)(job)
+    names = [f"{bank.name}.{part}" for bank in expert_banks(made) for part in ("gate_up_proj", "down_proj")]
+    quantize_(made, FqnToConfig({name: Int8WeightOnlyConfig() for name in names}), filter_fn=None)
+    model: Any = made
+    model.set_experts_implementation("eager")  # the other ones do not know such tensors
+    return made, notes
+
+
 def pruned(ratio: float) -> Make:
     """Without the experts that the fewest tokens are sent to; the routers choose among the others."""
 
@@ -159,7 +171,7 @@ def student(distilled: bool) -> Make:
 
 
 def contenders() -> dict[str, Make]:
-    found: dict[str, Make] = {"dense": dense}
+    found: dict[str, Make] = {"dense": dense, "int8": eight_bits}
     for ratio in RATIOS:
         found |= {
             f"sub-moe {ratio}": by("sub-moe", ratio),

@@ -55,6 +55,7 @@ def test_the_model_is_trained_once_and_kept(module):
     "name",
     [
         "dense",
+        "int8",
         "sub-moe 0.25",
         "sub-moe low-rank 0.5",
         "sub-moe low-rank, none merged 0.25",
