@@ -93,7 +93,10 @@ class DSFormer(StructureMethod):
 
     Without training through it, on matrices of a language model of 135M weights in bfloat16, the error is about that of
     pivoted low rank of the same size when half is removed, and larger when less is. What is gained is gained by
-    `eckart.compression.straight_through`, or where outputs fall into groups.
+    `eckart.compression.straight_through`, or where outputs fall into groups. Positions of their own in few bits do
+    better than blocks: with half removed from a (576, 576) and a (1536, 576) matrix of that model in bfloat16, relative
+    errors are 0.466 and 0.571 in blocks of 4, 0.443 and 0.508 for "2:4", 0.426 and 0.486 for "1:4", and 0.455 and 0.569
+    for pivoted low rank (4 sweeps).
 
     Attributes:
         overcomplete: atoms a nonzero, k / s; 2. 1 gives low rank.

@@ -9,7 +9,8 @@ L. Li et al., Sub-MoE: Efficient Mixture-of-Expert LLMs Compression via Subspace
 SVD, and U_r U_r^T times it if the basis is cut to rank r: nothing is decomposed unless ``basis_energy`` cuts.
 
 With ``experts="low-rank"`` a merged expert is stored as U and V, cut to the rank that ``intra`` leaves, with what its
-members see in the norm: Sub-MoE with a dagger. ``experts="shared"`` keeps every expert with its V_i, and shares U.
+members see in the norm: Sub-MoE with a dagger. ``experts="shared"`` keeps every expert with its V_i, and shares U. Both
+hold what every expert sees at once, 8 E (H^2 + I^2) bytes a layer.
 
 Different here. K-means works on outputs scaled to length one, so that its objective, its centroids and the paper's
 cosine similarity agree, and needs nothing but the (E, E) similarities. A window of layers shares one number of
