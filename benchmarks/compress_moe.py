@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import Training, add_row, each_in_its_process, rows, write_table
+from adapter_job import Training, add_row, rows, write_table
 from common import RESULTS, environment
 from compress_lm import Job, Make, by, bytes_of, dense, quantized
 from language_model import text
@@ -46,7 +46,7 @@ class Size:
     experts: int = 8
     length: int = 256
     batch: int = 8
-    steps: int = 450
+    steps: int = 350
     rate: float = 3e-3
     samples: int = 32
     judged: int = 256
@@ -66,9 +66,9 @@ def read(name: str) -> bytes:
 
 
 def windows(data: bytes, length: int, count: int) -> list[Tensor]:
-    """The first ``count`` windows of so many bytes, in batches of 16."""
+    """The first ``count`` windows of so many bytes, in batches of 8."""
     whole = torch.frombuffer(bytearray(data[: count * length]), dtype=torch.uint8).long()
-    return list(whole[: len(whole) // length * length].reshape(-1, length).split(16))
+    return list(whole[: len(whole) // length * length].reshape(-1, length).split(8))
 
 
 def train(data: bytes, size: Size) -> Any:
@@ -237,14 +237,10 @@ def main() -> None:
     if options.draw:
         table(rows(path))
         return
-    size, name = (SMOKE, "moe-smoke") if options.smoke else (Size(), "moe")
-    trained(size, name)
-    if not options.only:
-        each_in_its_process(__file__, contenders(), path, *(["--smoke"] if options.smoke else []))
-        return
-    job = load(size, name)
-    for row in options.only:
-        add_row(path, row, run(job, row, contenders()[row]))
+    job = load(SMOKE, "moe-smoke") if options.smoke else load(Size(), "moe")
+    known = contenders()
+    for name in options.only or [name for name in known if name not in rows(path)]:
+        add_row(path, name, run(job, name, known[name]))
 
 
 if __name__ == "__main__":
