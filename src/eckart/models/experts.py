@@ -257,7 +257,13 @@ def _mask_of(batch: Mapping[str, Any]) -> Tensor:
 
 
 def order_like(expert: Expert, to: Expert) -> Tensor:
-    """(I,) the order of hidden units in which an expert is most like another: see `align`."""
+    """(I,) the order of hidden units in which an expert is most like another: see `align`.
+
+    Example:
+        >>> one = Expert(torch.eye(3), torch.eye(3), torch.eye(3))
+        >>> order_like(one.permuted(torch.tensor([2, 0, 1])), one).tolist()
+        [1, 2, 0]
+    """
     return assignment(to.units().double() @ expert.units().double().mT)
 
 
