@@ -27,6 +27,7 @@ NAMES = (
     "serve",
     "stream",
     "perplexity",
+    "compress_moe",
     "spectra",
     "analysis",
     "locally_linear",

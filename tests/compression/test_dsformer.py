@@ -11,10 +11,13 @@ from torch.nn.utils import parametrize
 
 import tiny_models
 from eckart.compression import compress
-from eckart.compression.dsformer import DSFormer, Sizes, factorise, sizes_for, structure_of
+from eckart.compression.dense_sparse_sizes import Sizes, parse_pattern, sizes_for, sizes_of_pattern
+from eckart.compression.dsformer import DSFormer, factorise, structure_of
 from eckart.compression.straight_through import StraightThrough, attach, freeze, pull
+from eckart.linalg import LinalgError
 from eckart.models import Statistics, linears, save
-from eckart.structures import BlockSparseDictionary, Structure
+from eckart.structures import BlockSparseDictionary, SemiStructuredDictionary, Structure
+from eckart.structures.semi_structured_dictionary import position_bits
 from model_state import assert_unchanged, inputs_by_hooks, snapshot
 
 
@@ -118,6 +121,9 @@ def test_options_are_checked():
         ({"sweeps": -1}, "sweeps must be a whole number of at least 0, not -1"),
         ({"sweeps": 1.5}, "sweeps must be a whole number of at least 0, not 1.5"),
         ({"calibrated": "yes"}, "calibrated must be true or false, not 'yes'"),
+        ({"pattern": "4:2"}, "pattern must be N:M with 1 <= N <= M <= 256, such as \"2:4\", not '4:2'"),
+        ({"pattern": 24}, "pattern must be N:M .* not 24"),
+        ({"pattern": "2:4", "block": 1}, "a pattern says how many atoms an output uses: leave out overcomplete"),
     ):
         with pytest.raises(ValueError, match=message):
             DSFormer(**options)
@@ -150,6 +156,95 @@ def test_a_structure_refuses_what_does_not_fit():
         BlockSparseDictionary(4, 8, 4, 5)
     with pytest.raises(RuntimeError, match="hold NaN or Inf"):
         BlockSparseDictionary.from_codes(d * 1e6, index, values, dtype=torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------------- N of every M
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_each_output_uses_n_of_every_m_atoms_with_the_least_squares_values(pattern, calibrated):
+    weight, x = normal(30, 24), normal(90, 24, seed=1) * 0.8 ** torch.arange(24)
+    kept, group = pattern
+    method = DSFormer(pattern=f"{kept}:{group}", calibrated=calibrated)
+    layer = method.build(weight, Statistics(gram=x.T @ x), parameters=30 * 24 * 8 // 10)
+    assert isinstance(layer, SemiStructuredDictionary)
+    codes, d = layer.codes().detach(), layer.dictionary.detach()
+    assert ((codes != 0).unflatten(1, (-1, group)).sum(2) == kept).all()
+    seen = x if calibrated else torch.eye(24).double()
+    for row, code in zip(weight, codes, strict=True):  # an output at a time, by numpy's own solver
+        support = code.nonzero()[:, 0]
+        best = np.linalg.lstsq((seen @ d[:, support]).numpy(), (seen @ row).numpy(), rcond=None)[0]
+        np.testing.assert_allclose(code[support], best, atol=1e-8)
+
+
+def test_it_never_loses_to_low_rank_of_as_many_directions_with_a_pattern_either():
+    weight = normal(32, 24) * 0.85 ** torch.arange(24)
+    for pattern in ((1, 2), (2, 4), (3, 4), (4, 4)):
+        sizes = Sizes(16, 16 * pattern[0] // pattern[1], 1, pattern)
+        error = float(factorise(weight, sizes).error)
+        assert error <= tail(weight, sizes.sparsity) * (1 + 1e-9)
+        if pattern == (4, 4):
+            assert error == pytest.approx(tail(weight, 16), rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "5:32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bytes_with_a_pattern_are_those_of_the_formula_and_fill_the_budget(pattern, dtype):
+    m, n, itemsize = 64, 96, dtype.itemsize
+    budget = m * n * 7 // 10
+    kept, group = parse_pattern(pattern)
+    sizes = sizes_of_pattern(m, n, budget, (kept, group), itemsize=itemsize)
+    layer = DSFormer(pattern=pattern, sweeps=0).build(normal(m, n).to(dtype), Statistics(), budget).to(dtype)
+    k, s = sizes.atoms, sizes.sparsity
+    assert (layer.atoms, layer.sparsity) == (k, s) == (k, k // group * kept)
+    bits = {4: 2, 8: 4, 32: 8}[group]
+    assert bits == position_bits(group)
+    assert layer.nbytes() == itemsize * (n * k + m * s) + m * -(-s * bits // 8)
+    assert layer.nbytes() <= itemsize * budget
+    larger = k + group
+    assert larger > min(m, n) or itemsize * (n * larger + m * (s + kept)) + m * -(-(s + kept) * bits // 8) > (
+        itemsize * budget
+    )
+    assert sizes_of_pattern(m, n, n * group - 1, (kept, group)) is None
+
+
+def test_codes_with_a_pattern_may_come_in_any_order_and_must_keep_to_it():
+    d, values = normal(5, 8), normal(2, 4, seed=1)
+    index = torch.tensor([[7, 0, 3, 4], [5, 1, 6, 2]])
+    layer = SemiStructuredDictionary.from_codes(d, index, values, (2, 4))
+    wanted = np.zeros((2, 8))
+    for row, places in enumerate(index.tolist()):
+        wanted[row, places] = values[row]
+    np.testing.assert_array_equal(layer.codes().detach(), wanted)
+    assert layer.positions.dtype == torch.uint8
+    # Positions 0, 3 and 0, 3 of the first output, two bits each from the lowest.
+    assert layer.positions[:, 0].tolist() == [0b11001100, 0b10011001]
+    for arguments, message in (
+        ((d, torch.tensor([[0, 1, 2, 4]] * 2), values, (2, 4)), "index must name 2 of each 4 neighbouring atoms"),
+        ((d, index[:, :2], values[:, :2], (2, 4)), "index must name 2 of each 4 neighbouring atoms"),
+        ((d, index, values, (2, 3)), r"M dividing the 8 atoms, not \(2, 3\)"),
+        ((d, index, values, (5, 4)), r"1 <= N <= M <= 256 .* not \(5, 4\)"),
+        ((d, index + 1, values, (2, 4)), "index must hold numbers from 0 to 7, not 1 to 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SemiStructuredDictionary.from_codes(*arguments)
+    with pytest.raises(LinalgError, match="hold NaN or Inf"):
+        SemiStructuredDictionary.from_codes(d * 1e6, index, values, (2, 4), dtype=torch.float16)
+
+
+def test_a_model_with_a_pattern_is_smaller_and_loads_with_the_same_logits(tmp_path):
+    save(tiny_models.FAMILIES["llama"](), tmp_path / "source")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.bfloat16)
+    result = compress(model, "dsformer", ratio=0.3, pattern="2:4", progress=False)
+    assert result.bytes[1] < result.bytes[0]
+    layers = [model.get_submodule(layer.name) for layer in result.layers]
+    assert all(isinstance(layer, SemiStructuredDictionary) for layer in layers)
+    for layer in layers:
+        assert layer.nbytes() <= 0.7 * 2 * layer.in_features * layer.out_features
+    save(model, tmp_path / "model")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(tiny_models.logits(again), tiny_models.logits(model))
 
 
 # ---------------------------------------------------------------------------------------------------- whole models
@@ -289,6 +384,7 @@ def test_attaching_is_refused_before_anything_is_changed():
         ({"ratio": 1.0}, "ratio must lie between 0 and 1"),
         ({"ratio": 0.999}, r"layers.0.self_attn.q_proj \(32, 32\) is too small for ratio 0.999; leave it out"),
         ({"calibrated": True}, "calibrated=True is for compress"),
+        ({"pattern": "2:4"}, "pattern= is for compress"),
         ({"block": 0}, "block must be a whole number"),
         ({"refresh": -1}, "refresh is a number of steps"),
     ):

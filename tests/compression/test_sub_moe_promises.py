@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import tiny_models
-from eckart.compression import compress
+from eckart.compression import compress, contract
 from eckart.compression.sub_moe import SubMoE
 from eckart.models import save
 from eckart.models.experts import expert_banks, route
@@ -112,6 +112,22 @@ def test_experts_without_tokens_are_reported_and_have_a_small_say():
     torch.testing.assert_close(expert_banks(model)[0].down[0], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "family", "part"),
+    [("sub-moe", {}, "mixtral", "expert_banks"), ("ones", {"steps": 0}, "mixtral", "expert_banks"),
+     ("loraprune", {"steps": 2, "spared": 0.0}, "llama", "parts")],
+)  # fmt: skip
+def test_what_a_method_of_the_whole_model_works_on_is_looked_for_once(method, options, family, part, monkeypatch):
+    calls: list[Any] = []
+    find = getattr(contract, part)
+    monkeypatch.setattr(contract, part, lambda *given: calls.append(given) or find(*given))
+    model = tiny_models.FAMILIES[family]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EckartWarning)
+        compress(model, method, ratio=0.3, data=batches(model), progress=False, **options)
+    assert len(calls) == 1
+
+
 def test_what_cannot_be_done_is_refused_before_anything_changes():
     for options, message in (
         ({"window": 0}, "window must be at least 1, not 0"),
@@ -128,7 +144,8 @@ def test_what_cannot_be_done_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="sub-moe takes a ratio, not rank"):
         compress(model, "sub-moe", rank=3, data=batches(model), progress=False)
     with pytest.raises(
-        ValueError, match="sub-moe has no option ranks; it has: window, basis_energy, align, tokens, seed"
+        ValueError,
+        match="sub-moe has no option ranks; it has: window, basis_energy, experts, intra, group, basis, align,",
     ):
         run(model, 0.5, batches(model), ranks=1)
     assert_unchanged(model, before)

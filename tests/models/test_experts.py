@@ -127,7 +127,7 @@ def test_padding_does_not_count_and_batches_do_not_matter(family, side):
     banks = expert_banks(model)
     rows: dict[str, list[torch.Tensor]] = {}
 
-    def collect(bank: ExpertBank, x: torch.Tensor) -> None:
+    def collect(bank: ExpertBank, x: torch.Tensor, _: torch.Tensor) -> None:
         rows.setdefault(bank.name, []).append(x)
 
     def run(batches: list[dict[str, torch.Tensor]]) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -156,10 +156,10 @@ def test_a_sample_of_the_tokens_is_spread_evenly_and_does_not_depend_on_the_batc
     batch = tiny_models.inputs(model, 4, 10)
     (bank, _) = expert_banks(model)
     whole: list[torch.Tensor] = []
-    route(model, [bank], [batch], see=lambda _, x: whole.append(x), progress=False)
+    route(model, [bank], [batch], see=lambda _, x, chosen: whole.append(x), progress=False)
     for batches in ([batch], [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]):
         few: list[torch.Tensor] = []
-        used = route(model, [bank], batches, see=lambda _, x, few=few: few.append(x), tokens=8, progress=False)
+        used = route(model, [bank], batches, see=lambda _, x, chosen, few=few: few.append(x), tokens=8, progress=False)
         torch.testing.assert_close(torch.cat(few), whole[0][::5], rtol=0, atol=1e-12)
         assert used[bank.name].tokens == 40  # routing is counted on all of them
 

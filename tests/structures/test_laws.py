@@ -22,6 +22,7 @@ from eckart.structures import (
     Dense,
     LowRank,
     MatrixProductOperator,
+    SemiStructuredDictionary,
     SparseDictionary,
     Structure,
     Sum,
@@ -66,6 +67,24 @@ def sparse(m: int, n: int, atoms: int, sparsity: int, biased: bool, **options: s
     )
 
 
+def semi_structured(m: int, n: int, atoms: int, n_of_m: tuple[int, int], biased: bool) -> Case:
+    kept, group = n_of_m
+    generator = torch.Generator().manual_seed(0)
+    starts = range(0, atoms, group)
+    chosen = [
+        [start + int(i) for start in starts for i in torch.randperm(group, generator=generator)[:kept]]
+        for _ in range(m)
+    ]
+    dictionary, values, bias = (
+        random(n, atoms),
+        random(m, len(chosen[0]), seed=1),
+        random(m, seed=3) if biased else None,
+    )
+    weight = torch.stack([dictionary[:, own] @ column for own, column in zip(chosen, values, strict=True)])
+    layer = SemiStructuredDictionary.from_codes(dictionary, torch.tensor(chosen), values, n_of_m, bias=bias)
+    return Case(layer, weight, bias)
+
+
 def chain(outputs: tuple[int, ...], inputs: tuple[int, ...], ranks: tuple[int, ...], biased: bool) -> Case:
     left, right = (1, *ranks), (*ranks, 1)
     cores = [random(*shape, seed=i) for i, shape in enumerate(zip(left, outputs, inputs, right, strict=True))]
@@ -107,6 +126,11 @@ BUILDERS: dict[str, Callable[[bool], Case]] = {
     "sparse, many atoms": lambda b: sparse(4, 3, 300, 2, b),
     "sparse, all atoms": lambda b: sparse(5, 4, 3, 3, b),
     "sparse, one of one": lambda b: sparse(3, 1, 1, 1, b),
+    "semi-structured 2:4": lambda b: semi_structured(7, 6, 12, (2, 4), b),
+    "semi-structured 1:2": lambda b: semi_structured(5, 4, 6, (1, 2), b),
+    "semi-structured 3:5": lambda b: semi_structured(4, 3, 10, (3, 5), b),
+    "semi-structured 2:30": lambda b: semi_structured(4, 3, 30, (2, 30), b),
+    "semi-structured, all atoms": lambda b: semi_structured(3, 4, 3, (3, 3), b),
     "chain of one": lambda b: chain((4,), (3,), (), b),
     "chain of two": lambda b: chain((2, 3), (3, 2), (4,), b),
     "chain of three": lambda b: chain((3, 1, 2), (2, 2, 2), (3, 2), b),
@@ -269,7 +293,8 @@ def test_repr_and_bias(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "rows", "columns", "sum", "sparse, mask", "sparse, index", "chain from the end"]
+    "name",
+    ["plain", "rows", "columns", "sum", "sparse, mask", "sparse, index", "semi-structured 2:4", "chain from the end"],
 )
 def test_forward_compiles_into_one_graph(name: str) -> None:
     case = BUILDERS[name](True)

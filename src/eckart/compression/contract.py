@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 from ..linalg.rank import Form
 from ..linalg.weighted import weighted_svd
 from ..models.calibrate import SEQUENTIAL, Statistics
+from ..models.experts import ExpertBank, expert_banks
 from ..models.geometry import Geometry
-from ..models.parts import AttentionPart, MLPPart
+from ..models.parts import AttentionPart, MLPPart, parts
 from ..models.result import LayerResult
 from ..models.select import LinearRef
 from ..options import Options
@@ -200,6 +202,17 @@ class Job:
     members: Sequence[LinearRef]
     batches: Sequence[Mapping[str, Any]]
     progress: bool = True
+
+    @cached_property
+    def banks(self) -> list[ExpertBank]:
+        """The banks of experts of the model, looked for once: before it is changed."""
+        return expert_banks(self.model)
+
+    @cached_property
+    def parts(self) -> list[AttentionPart | MLPPart]:
+        """Attention and MLPs that the selected linears make up, looked for once: before they are changed."""
+        found, _ = parts(self.model, self.members)
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     Wᵀ (n, m) ≈ D S,   D (n, k),   S (k, m) with s nonzeros a column, at the same places in each block of c columns
     stored: n k + s m numbers and s m / c small integers          s = k: the best rank-k approximation
+    or N of every M neighbours in a column:   s = k N / M,   n k + s m numbers and s m positions of 1 to 8 bits
 
 R. Chand, Y. Prabhu, P. Kumar, DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight
 Factorization, 2023, arXiv 2312.13211; no official code. Only the form and the straight-through training
@@ -22,67 +23,11 @@ import torch
 
 from ..linalg import Dictionary, dense_sparse, pivot_rows, svd, whiten
 from ..models.calibrate import Statistics
-from ..structures import BlockSparseDictionary, Structure
-from ..structures.block_sparse_dictionary import index_dtype
+from ..structures import BlockSparseDictionary, SemiStructuredDictionary, Structure
 from .contract import StructureMethod
+from .dense_sparse_sizes import Sizes, parse_pattern, sizes_for, sizes_of_pattern
 
-__all__ = ["DSFormer", "Sizes", "factorise", "sizes_for", "structure_of"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large D and S are.
-
-    Attributes:
-        atoms: k, columns of D.
-        sparsity: s, nonzeros in each column of S.
-        block: c, columns of S that share their positions.
-    """
-
-    atoms: int
-    sparsity: int
-    block: int
-
-    def numbers(self, m: int, n: int, itemsize: int) -> float:
-        """Stored numbers of ``itemsize`` bytes for a weight (m, n), positions by their bytes."""
-        positions = self.sparsity * (m // self.block) * index_dtype(self.atoms).itemsize
-        return n * self.atoms + self.sparsity * m + positions / itemsize
-
-
-def sizes_for(
-    m: int, n: int, parameters: int, *, overcomplete: float = 2.0, block: int = 4, itemsize: int = 4
-) -> Sizes | None:
-    """The largest s that a budget allows with k = overcomplete * s, and as many atoms as then still fit.
-
-    Args:
-        m: outputs.
-        n: inputs.
-        parameters: numbers to store at most.
-        overcomplete: k / s, at least 1.
-        block: c; the largest divisor of m up to it is taken.
-        itemsize: bytes of a number, for the positions.
-
-    Returns:
-        The sizes, or None if not even one nonzero a column fits.
-
-    Example:
-        >>> sizes_for(576, 576, 576 * 576 // 2)
-        Sizes(atoms=188, sparsity=94, block=4)
-    """
-    shared = next(c for c in range(min(block, m), 0, -1) if m % c == 0)
-    most = min(m, n)
-
-    def sizes(sparsity: int) -> Sizes:
-        return Sizes(min(most, max(sparsity, round(overcomplete * sparsity))), sparsity, shared)
-
-    fitting = [s for s in range(1, most + 1) if sizes(s).numbers(m, n, itemsize) <= parameters]
-    if not fitting:
-        return None
-    chosen = sizes(fitting[-1])
-    # More than 256 atoms need wider positions, so the last step is taken with care.
-    room = range(most, chosen.atoms, -1)
-    larger = (Sizes(atoms, chosen.sparsity, shared) for atoms in room)
-    return next((found for found in larger if found.numbers(m, n, itemsize) <= parameters), chosen)
+__all__ = ["DSFormer", "factorise", "structure_of"]
 
 
 def factorise(weight: torch.Tensor, sizes: Sizes, *, gram: torch.Tensor | None = None, sweeps: int = 10) -> Dictionary:
@@ -111,9 +56,18 @@ def _from_the_better_start(matrix: torch.Tensor, sizes: Sizes, sweeps: int) -> D
 
     Where the outputs lie in a union of small subspaces, their columns are atoms already and singular vectors are not.
     """
+    nonzeros = sizes.sparsity if sizes.pattern is None else None
 
     def fit(start: torch.Tensor | None, sweeps: int) -> Dictionary:
-        return dense_sparse(matrix, sizes.atoms, nonzeros=sizes.sparsity, block=sizes.block, sweeps=sweeps, start=start)
+        return dense_sparse(
+            matrix,
+            sizes.atoms,
+            nonzeros=nonzeros,
+            n_of_m=sizes.pattern,
+            block=sizes.block,
+            sweeps=sweeps,
+            start=start,
+        )
 
     leading = svd(matrix, sizes.atoms).vh
     starts = [None, matrix[:, pivot_rows(leading.mT).kept]]
@@ -122,7 +76,7 @@ def _from_the_better_start(matrix: torch.Tensor, sizes: Sizes, sweeps: int) -> D
 
 
 def structure_of(found: Dictionary) -> BlockSparseDictionary:
-    """The factors as a layer, without bias.
+    """The factors with positions in blocks as a layer, without bias.
 
     Example:
         >>> found = factorise(torch.eye(4), Sizes(atoms=4, sparsity=2, block=2))
@@ -139,13 +93,18 @@ class DSFormer(StructureMethod):
 
     Without training through it, on matrices of a language model of 135M weights in bfloat16, the error is about that of
     pivoted low rank of the same size when half is removed, and larger when less is. What is gained is gained by
-    `eckart.compression.straight_through`, or where outputs fall into groups.
+    `eckart.compression.straight_through`, or where outputs fall into groups. Positions of their own in few bits do
+    better than blocks: with half removed from a (576, 576) and a (1536, 576) matrix of that model in bfloat16, relative
+    errors are 0.466 and 0.571 in blocks of 4, 0.443 and 0.508 for "2:4", 0.426 and 0.486 for "1:4", and 0.455 and 0.569
+    for pivoted low rank (4 sweeps).
 
     Attributes:
         overcomplete: atoms a nonzero, k / s; 2. 1 gives low rank.
         block: outputs that share their positions, 4. 1 lets each output choose, at the price of more positions; 16
             makes larger dense products and larger errors.
         sweeps: updates of D, 10.
+        pattern: "N:M", such as "2:4": each output uses N of every M atoms, so that k / s = M / N, and has positions of
+            its own, 2 bits each at 2:4. In place of ``overcomplete`` and ``block``; None for positions in blocks.
         calibrated: whether inputs count as often as calibration tokens visit them.
 
     Example:
@@ -158,6 +117,7 @@ class DSFormer(StructureMethod):
     overcomplete: float = 2.0
     block: int = 4
     sweeps: int = 10
+    pattern: str | None = None
     calibrated: bool = False
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -169,6 +129,10 @@ class DSFormer(StructureMethod):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+            if (self.overcomplete, self.block) != (2.0, 4):
+                raise ValueError("a pattern says how many atoms an output uses: leave out overcomplete and block")
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated must be true or false, not {self.calibrated!r}")
 
@@ -184,8 +148,14 @@ class DSFormer(StructureMethod):
     def build(self, weight: torch.Tensor, statistics: Statistics, parameters: int) -> Structure | None:
         """The dictionary and codes of ``weight`` (m, n) within ``parameters`` numbers."""
         m, n = weight.shape
-        itemsize = weight.element_size()
-        sizes = sizes_for(m, n, parameters, overcomplete=self.overcomplete, block=self.block, itemsize=itemsize)
+        itemsize, gram = weight.element_size(), self.weight_of_inputs(statistics)
+        if self.pattern is None:
+            sizes = sizes_for(m, n, parameters, overcomplete=self.overcomplete, block=self.block, itemsize=itemsize)
+        else:
+            sizes = sizes_of_pattern(m, n, parameters, parse_pattern(self.pattern), itemsize=itemsize)
         if sizes is None:
             return None
-        return structure_of(factorise(weight, sizes, gram=self.weight_of_inputs(statistics), sweeps=self.sweeps))
+        found = factorise(weight, sizes, gram=gram, sweeps=self.sweeps)
+        if sizes.pattern is None:
+            return structure_of(found)
+        return SemiStructuredDictionary.from_codes(found.atoms, found.codes.indices, found.codes.values, sizes.pattern)

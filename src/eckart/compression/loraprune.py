@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.batches import with_labels
-from ..models.parts import AttentionPart, MLPPart, parts
+from ..models.parts import AttentionPart, MLPPart
 from ..models.progress import track
 from ..models.result import LayerResult
 from ..models.topology import block_of, blocks
@@ -136,11 +136,10 @@ class LoRAPrune(ModelMethod):
     def _groups(self, job: Job) -> list[Group]:
         """What can go, with how much of it has to."""
         repeated = blocks(job.model)
-        found, _ = parts(job.model, job.members)
         names = [block.name for block in repeated]
         first, last = int(self.spared * len(repeated)), len(repeated) - 1
         prunable = []
-        for part in found:
+        for part in job.parts:
             block = block_of(part.linears[0].name, repeated)
             assert block is not None  # the selection has only such
             place = names.index(block.name)

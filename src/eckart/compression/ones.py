@@ -181,7 +181,7 @@ class OneS(ModelMethod):
 
     def check(self, job: Job) -> None:
         """Refuse a model without a dense twin, and a ratio beyond what one expert in E removes."""
-        for bank in banks_to_convert(job.model):
+        for bank in banks_to_convert(job.model, job.banks):
             removed = 1 - 1 / bank.count
             if job.ratio > removed + 1e-9:
                 raise ValueError(
@@ -193,7 +193,7 @@ class OneS(ModelMethod):
 
     def compress(self, job: Job) -> tuple[nn.Module, list[LayerResult]]:
         """Gather, build the dense model, and distil it."""
-        banks = banks_to_convert(job.model)
+        banks = job.banks
         routing = route(job.model, banks, job.batches, progress=job.progress, title="experts")
         mlps, layers = {}, []
         with torch.no_grad():

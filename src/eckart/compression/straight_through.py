@@ -26,7 +26,8 @@ from ..models.kinds import linear_kind
 from ..models.replace import replace
 from ..models.select import Where, linears
 from ..structures import BlockSparseDictionary
-from .dsformer import DSFormer, Sizes, factorise, sizes_for, structure_of
+from .dense_sparse_sizes import Sizes, sizes_for
+from .dsformer import DSFormer, factorise, structure_of
 
 __all__ = ["StraightThrough", "attach", "freeze", "pull"]
 
@@ -148,6 +149,8 @@ def attach(
         ValueError: a bad option or ratio, or a layer too small for it; the model is unchanged.
     """
     method = DSFormer(**options)
+    if method.pattern is not None:
+        raise ValueError("pattern= is for compress(): training goes through positions in blocks")
     if method.calibrated:
         raise ValueError("calibrated=True is for compress(): here training says which inputs matter")
     if not 0 < ratio < 1:

@@ -16,7 +16,7 @@ from .calling import AnyBatch, call
 from .groups import evaluating
 from .kinds import owners
 from .replace import swap
-from .select import Where, _matching
+from .select import Where, matching
 
 __all__ = ["ConvRef", "convolutions", "placed"]
 
@@ -70,7 +70,7 @@ def convolutions(model: nn.Module, batch: AnyBatch, where: Where | None = None) 
     every: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not every:
         raise ValueError(f"{type(model).__name__} has no convolutions (nn.Conv2d) to work on")
-    chosen = every.keys() if where is None else _matching(where, every, ())
+    chosen = every.keys() if where is None else matching(where, every)
     seen: dict[str, list[tuple[int, int]]] = {}
 
     def watch(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:

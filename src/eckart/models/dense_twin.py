@@ -51,8 +51,12 @@ _CONVERSIONS = {
 }
 
 
-def banks_to_convert(model: nn.Module) -> list[ExpertBank]:
+def banks_to_convert(model: nn.Module, banks: list[ExpertBank] | None = None) -> list[ExpertBank]:
     """The banks of experts of a model that has a dense twin.
+
+    Args:
+        model: a mixture of experts.
+        banks: those of the model, if they have been looked for already.
 
     Raises:
         ValueError: it is of another class, or some layers have a dense MLP of another width than the experts.
@@ -61,7 +65,7 @@ def banks_to_convert(model: nn.Module) -> list[ExpertBank]:
     if kind not in _CONVERSIONS:
         known = ", ".join(f"{mixture} (to {made.model})" for mixture, made in _CONVERSIONS.items())
         raise ValueError(f"{kind} cannot be turned into a dense model; the classes that can: {known}")
-    banks = expert_banks(model)
+    banks = expert_banks(model) if banks is None else banks
     if not banks:
         raise ValueError(f"{kind} has no layer with a bank of experts; it is dense already")
     config: Any = model.config

@@ -20,7 +20,7 @@ from ..linalg.assignment import assignment
 from .groups import evaluating
 from .progress import track
 
-__all__ = ["Expert", "ExpertBank", "Routing", "align", "expert_banks", "route"]
+__all__ = ["Expert", "ExpertBank", "Routing", "align", "expert_banks", "order_like", "route"]
 
 
 class Expert(NamedTuple):
@@ -86,13 +86,17 @@ class ExpertBank:
         gate, up = self.gate_up[index].chunk(2)
         return Expert(gate, up, self.down[index])
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """The output of one stored expert alone, without a gate weight: x (N, H) -> (N, H)."""
-        gate, up, down = self.expert(index)
+    def hidden(self, index: int, x: Tensor) -> Tensor:
+        """The hidden units of one stored expert: x (N, H) -> (N, I)."""
+        gate, up, _ = self.expert(index)
         x = x.to(gate.dtype)
         activation: Any = self.module.act_fn
-        hidden = activation(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
-        return nn.functional.linear(hidden, down)
+        hidden: Tensor = activation(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
+        return hidden
+
+    def run(self, index: int, x: Tensor) -> Tensor:
+        """The output of one stored expert alone, without a gate weight: x (N, H) -> (N, H)."""
+        return nn.functional.linear(self.hidden(index, x), self.down[index])
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def _computes_as_said(bank: ExpertBank) -> bool:
     return found.shape == expected.shape and float((found - expected).abs().max()) <= 0.05 * scale
 
 
-See = Callable[[ExpertBank, Tensor], None]
+See = Callable[[ExpertBank, Tensor, Tensor], None]
 
 
 def route(
@@ -177,7 +181,8 @@ def route(
         model: a decoder-only transformers model.
         banks: of the model.
         batches: keyword arguments of its forward: ``input_ids`` and perhaps ``attention_mask``.
-        see: is called with a bank and the tokens (n, H) that enter it, batch after batch.
+        see: is called with a bank, the tokens (n, H) that enter it and the experts (n, k) chosen for them, batch after
+            batch.
         tokens: how many tokens in all ``see`` gets of each bank, evenly spread over the batches; None for all.
         progress: show a bar with the time left.
         title: of the bar.
@@ -222,7 +227,7 @@ def route(
             gate[bank.name].index_add_(0, ids.reshape(-1), weights[kept].cpu().double().reshape(-1))
             if see is not None:
                 rows = shown[start : start + int(kept.sum())].to(x.device)
-                see(bank, x[kept][rows])
+                see(bank, x[kept][rows], chosen[kept][rows])
 
         return hook
 
@@ -251,6 +256,17 @@ def _mask_of(batch: Mapping[str, Any]) -> Tensor:
     return torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
 
 
+def order_like(expert: Expert, to: Expert) -> Tensor:
+    """(I,) the order of hidden units in which an expert is most like another: see `align`.
+
+    Example:
+        >>> one = Expert(torch.eye(3), torch.eye(3), torch.eye(3))
+        >>> order_like(one.permuted(torch.tensor([2, 0, 1])), one).tolist()
+        [1, 2, 0]
+    """
+    return assignment(to.units().double() @ expert.units().double().mT)
+
+
 def align(expert: Expert, to: Expert) -> Expert:
     """The same expert with its hidden units in the order in which they are most like those of another.
 
@@ -274,4 +290,4 @@ def align(expert: Expert, to: Expert) -> Expert:
         >>> all(torch.equal(a, b) for a, b in zip(align(other, one), one))
         True
     """
-    return expert.permuted(assignment(to.units().double() @ expert.units().double().mT))
+    return expert.permuted(order_like(expert, to))

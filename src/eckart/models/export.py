@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..structures import Structure
-from ..structures.conv_chain import ConvChain
+from ..structures.factored_experts import FactoredExperts
 from .checkpoint import load
 from .files import atomic_directory, check_target
 from .geometry import geometries
 from .kinds import linear_kind
-from .quantizer import specs
+from .quantizer import AnyStructure, specs
 from .replace import swap
 from .select import LinearRef
 
@@ -69,10 +69,9 @@ def export_dense(
 def make_dense(model: PreTrainedModel) -> None:
     """Replace every structure of ``model`` by the dense layer that its class has there, in place."""
     for name, (structure, layer) in _pairs(model, _skeleton(model)).items():
-        weight, bias = _dense_tensors(structure, layer)
         trained = any(parameter.requires_grad for parameter in structure.parameters())
-        layer.weight = nn.Parameter(weight, requires_grad=trained)
-        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=trained)
+        for key, tensor in _dense_tensors(structure, layer).items():
+            setattr(layer, key, nn.Parameter(tensor, requires_grad=trained))
         swap(model, name, layer)
 
 
@@ -83,10 +82,7 @@ def _dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     inside = tuple(f"{name}." for name in pairs)
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
     for name, (structure, layer) in pairs.items():
-        weight, bias = _dense_tensors(structure, layer)
-        state[f"{name}.weight"] = weight
-        if bias is not None:
-            state[f"{name}.bias"] = bias
+        state |= {f"{name}.{key}": tensor for key, tensor in _dense_tensors(structure, layer).items()}
     copied.load_state_dict(state, assign=True)
     copied.tie_weights()
     if model.can_generate():
@@ -108,7 +104,7 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton
 
 
-def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple[Structure | ConvChain, Any]]:
+def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple[AnyStructure, Any]]:
     """Pair every structure with the dense layer of its class, or refuse what does not fit, before work is done."""
     changed = next(iter(geometries(model)), None)
     if changed is not None:
@@ -116,14 +112,14 @@ def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple
             f"{changed} has another shape than its configuration says, so the model has no dense form of its class; "
             "keep it as Eckart saves it, or export the one that it was made of"
         )
-    pairs: dict[str, tuple[Structure | ConvChain, Any]] = {}
+    pairs: dict[str, tuple[AnyStructure, Any]] = {}
     for name in specs(model):
         structure = model.get_submodule(name)
         layer: Any = skeleton.get_submodule(name)
-        if isinstance(structure, ConvChain):
+        assert isinstance(structure, AnyStructure)
+        if not isinstance(structure, Structure):
             pairs[name] = structure, layer
             continue
-        assert isinstance(structure, Structure)
         kind = linear_kind(layer)
         if kind is None:
             raise ValueError(f"{name} is a {type(layer).__name__} in the dense model, not a linear layer")
@@ -139,11 +135,16 @@ def _pairs(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, tuple
     return pairs
 
 
-def _dense_tensors(structure: Structure | ConvChain, layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of ``structure`` in the layout of ``layer``."""
+def _dense_tensors(structure: AnyStructure, layer: Any) -> dict[str, Tensor]:
+    """Return the tensors of ``layer`` by name, in its layout, with what ``structure`` holds."""
+    if isinstance(structure, FactoredExperts):
+        return {name: tensor.detach() for name, tensor in structure.dense().items()}
     dense = structure.dense().detach()
     weight = (dense.mT if linear_kind(layer) == "conv1d" else dense).contiguous()
     if layer.bias is None:
-        return weight, None
+        return {"weight": weight}
     bias = structure.bias
-    return weight, torch.zeros_like(layer.bias, device=weight.device) if bias is None else bias.detach()
+    return {
+        "weight": weight,
+        "bias": torch.zeros_like(layer.bias, device=weight.device) if bias is None else bias.detach(),
+    }

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..structures import Structure, structure_from_spec
 from ..structures.conv_chain import ConvChain
+from ..structures.factored_experts import FactoredExperts
 from .geometry import Geometry, geometries, set_geometry
 from .replace import swap
 
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "VERSION", "EckartConfig", "EckartQuantizer", "mark", "specs"]
+__all__ = ["METHOD", "VERSION", "AnyStructure", "EckartConfig", "EckartQuantizer", "mark", "specs"]
 
 METHOD = "eckart"
 VERSION = 1
+
+#: What stands in ``modules``: linear maps, convolutions and banks of experts.
+AnyStructure = Structure | ConvChain | FactoredExperts
 
 
 class EckartConfig(QuantizationConfigMixin):
@@ -106,10 +110,7 @@ class EckartQuantizer(HfQuantizer):
         for saved_name, name in names.items():
             spec = self.quantization_config.modules[saved_name]
             old = model.get_submodule(name)
-            dtype = next((p.dtype for p in old.parameters() if p.is_floating_point()), None)
-            build = ConvChain.from_spec if spec["type"] == ConvChain.type_name else structure_from_spec
-            structure = build(spec, device="meta", dtype=dtype)
-            swap(model, name, structure)
+            swap(model, name, _built(spec, old))
             found[name] = spec
         self.quantization_config.modules = found
         shapes: dict[str, dict[str, Any]] = {}
@@ -178,7 +179,7 @@ def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def search(prefix: str, module: nn.Module) -> None:
-        if isinstance(module, Structure | ConvChain):
+        if isinstance(module, AnyStructure):
             found[prefix] = module.spec()
             return
         for key, child in module.named_children():
@@ -222,6 +223,18 @@ def mark(model: PreTrainedModel, history: Sequence[Any] | None = None) -> None:
     state.hf_quantizer = EckartQuantizer(config, pre_quantized=True)
     state.quantization_method = METHOD
     state.is_quantized = False
+
+
+def _built(spec: dict[str, Any], old: nn.Module) -> AnyStructure:
+    """The structure of a spec on the meta device, in the type of the module whose place it takes."""
+    empty: dict[str, Any] = {"device": "meta"}
+    empty["dtype"] = next((p.dtype for p in old.parameters() if p.is_floating_point()), None)
+    if spec["type"] == FactoredExperts.type_name:
+        activation: Any = getattr(old, "act_fn", None)
+        return FactoredExperts.from_spec(spec, activation, **empty)
+    if spec["type"] == ConvChain.type_name:
+        return ConvChain.from_spec(spec, **empty)
+    return structure_from_spec(spec, **empty)
 
 
 def _check_history(history: Sequence[Any] | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from ..structures import Structure
 from .kinds import Kind, is_norm, linear_kind, owners, untreatable
 from .topology import block_of, blocks
 
-__all__ = ["LinearRef", "Selection", "Skipped", "Where", "linears", "nearest"]
+__all__ = ["LinearRef", "Selection", "Skipped", "Where", "linears", "matching", "nearest"]
 
 Where = str | Callable[[str, nn.Module], bool] | Sequence["str | Callable[[str, nn.Module], bool]"]
 
@@ -135,7 +135,7 @@ def linears(model: nn.Module, where: Where | None = None, *, quantized: bool = F
     if not every:
         raise ValueError(f"{type(model).__name__} has no linear layers (nn.Linear or Conv1D) to work on")
     bare = {name: owner for name, owner in _bare_matrices(model, every).items() if not is_norm(owner)}
-    chosen = _in_blocks(model, [*every, *bare]) if where is None else _matching(where, every, bare)
+    chosen = _in_blocks(model, [*every, *bare]) if where is None else matching(where, every, bare)
 
     names_of = owners(model)
     taken: list[LinearRef] = []
@@ -162,6 +162,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def matching(where: Where, every: Mapping[str, nn.Module], others: Iterable[str] = ()) -> set[str]:
+    """Return the names that ``where`` takes.
+
+    Args:
+        where: as in :func:`linears`.
+        every: modules by name; a function is asked about each of them.
+        others: further names, which a string may match too.
+
+    Raises:
+        ValueError: an item matches nothing; with the nearest names.
+
+    Example:
+        >>> sorted(matching("conv*", {"conv1": nn.Identity(), "conv2": nn.Identity(), "head": nn.Identity()}))
+        ['conv1', 'conv2']
+    """
+    items = [where] if isinstance(where, str) or callable(where) else list(where)
+    chosen: set[str] = set()
+    for item in items:
+        if callable(item):
+            matched = {name for name, module in every.items() if item(name, module)}
+        else:
+            matched = {name for name in (*every, *others) if _matches(item, name)}
+        if not matched:
+            hint = nearest(item, (*every, *others)) if isinstance(item, str) else ""
+            raise ValueError(f"where={item!r} matches no layer{hint}")
+        chosen |= matched
+    return chosen
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
@@ -191,21 +220,6 @@ def _in_blocks(model: nn.Module, names: list[str]) -> set[str]:
             "say which layers with where='NAME' or where='*'"
         )
     return {name for name in names if block_of(name, found) is not None}
-
-
-def _matching(where: Where, every: dict[str, nn.Module], bare: Iterable[str]) -> set[str]:
-    items = [where] if isinstance(where, str) or callable(where) else list(where)
-    chosen: set[str] = set()
-    for item in items:
-        if callable(item):
-            matched = {name for name, module in every.items() if item(name, module)}
-        else:
-            matched = {name for name in (*every, *bare) if _matches(item, name)}
-        if not matched:
-            hint = nearest(item, (*every, *bare)) if isinstance(item, str) else ""
-            raise ValueError(f"where={item!r} matches no layer{hint}")
-        chosen |= matched
-    return chosen
 
 
 def _matches(item: str, name: str) -> bool:

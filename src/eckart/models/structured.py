@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..structures import Structure
+from ..structures.factored_experts import FactoredExperts
 from .kinds import is_norm
 
 __all__ = ["norm_parameters", "only_gradients_for", "structured_parameters"]
@@ -25,7 +26,7 @@ def structured_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Structure):
+        if isinstance(module, Structure | FactoredExperts):
             for key, parameter in module.named_parameters():
                 if parameter.is_floating_point():
                     found.setdefault(id(parameter), (f"{name}.{key}".lstrip("."), parameter))

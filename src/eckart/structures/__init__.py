@@ -8,6 +8,7 @@ from .block_sparse_dictionary import BlockSparseDictionary
 from .dense import Dense
 from .low_rank import LowRank
 from .matrix_product_operator import MatrixProductOperator
+from .semi_structured_dictionary import SemiStructuredDictionary
 from .sparse_dictionary import SparseDictionary
 from .sum import Sum
 from .warnings import EckartWarning
@@ -19,6 +20,7 @@ __all__ = [
     "EckartWarning",
     "LowRank",
     "MatrixProductOperator",
+    "SemiStructuredDictionary",
     "SparseDictionary",
     "Structure",
     "Sum",

@@ -17,24 +17,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..linalg import LinalgError, all_finite
-from .base import Structure, empty_parameter, wide
-from .weight import WeightView
+from .base import empty_parameter
+from .dictionary import DictionaryStructure, check_codes, index_dtype
 
-__all__ = ["BlockSparseDictionary", "index_dtype"]
-
-
-def index_dtype(size: int) -> torch.dtype:
-    """The smallest integer type that counts ``size`` things from 0.
-
-    Example:
-        >>> index_dtype(256), index_dtype(257)
-        (torch.uint8, torch.int16)
-    """
-    return torch.uint8 if size <= 1 << 8 else torch.int16 if size <= 1 << 15 else torch.int32
+__all__ = ["BlockSparseDictionary"]
 
 
-class BlockSparseDictionary(Structure):
+class BlockSparseDictionary(DictionaryStructure):
     """A weight W (out, in) of which each block of outputs combines a few atoms of one dictionary.
 
     Args:
@@ -64,8 +53,6 @@ class BlockSparseDictionary(Structure):
     """
 
     type_name: ClassVar[str] = "block_sparse_dictionary"
-    dictionary: Tensor
-    values: Tensor
     index: Tensor
 
     def __init__(
@@ -80,14 +67,11 @@ class BlockSparseDictionary(Structure):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__(in_features, out_features, atoms, sparsity, bias=bias, device=device, dtype=dtype)
         if block < 1 or out_features % block:
             raise ValueError(f"block must divide the {out_features} outputs, not {block}")
-        if not 1 <= sparsity <= atoms:
-            raise ValueError(f"sparsity must be from 1 to the {atoms} atoms, not {sparsity}")
-        self.atoms, self.sparsity, self.block = atoms, sparsity, block
+        self.block = block
         blocks = out_features // block
-        self.dictionary = empty_parameter(in_features, atoms, device=device, dtype=dtype)
         self.values = empty_parameter(blocks, sparsity, block, device=device, dtype=dtype)
         self.register_buffer("index", torch.zeros(blocks, sparsity, dtype=index_dtype(atoms), device=device))
 
@@ -121,22 +105,10 @@ class BlockSparseDictionary(Structure):
             shapes = ", ".join(str(tuple(t.shape)) for t in (dictionary, index, values))
             raise ValueError(f"dictionary, index and values must be (n, k), (m / c, s) and (m / c, s, c), got {shapes}")
         (n, k), (blocks, s, c) = dictionary.shape, values.shape
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < k:
-            raise ValueError(f"index must hold numbers from 0 to {k - 1}, not {int(index.min())} to {int(index.max())}")
-        if bias is not None and bias.shape != (blocks * c,):
-            raise ValueError(f"bias must be ({blocks * c},), got {tuple(bias.shape)}")
+        check_codes(index, k, bias, blocks * c)
         common: dict[str, Any] = {"device": dictionary.device, "dtype": dtype or dictionary.dtype}
         layer = cls(n, blocks * c, k, s, block=c, bias=bias is not None, **common)
-        with torch.no_grad():
-            layer.dictionary.copy_(dictionary)
-            layer.values.copy_(values)
-            layer.index.copy_(index)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
-        if not all(all_finite(parameter) for parameter in layer.parameters()):
-            raise LinalgError(
-                f"dictionary, values or bias hold NaN or Inf in {layer.dtype}: check them, or store wider"
-            )
+        layer.store(bias=bias, dictionary=dictionary, values=values, index=index)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,18 +128,9 @@ class BlockSparseDictionary(Structure):
         codes = self.values.new_zeros(*index.shape[:2], self.atoms).scatter_add(2, index, self.values.mT)
         return codes.reshape(self.out_features, self.atoms)
 
-    def dense(self) -> Tensor:
-        """W = (D S)ᵀ (out, in)."""
-        return (wide(self.codes()) @ wide(self.dictionary).mT).to(self.dtype)
-
     def flops(self, tokens: int) -> int:
         """2 tokens (n k + s m)."""
         return 2 * tokens * (self.in_features * self.atoms + self.sparsity * self.out_features)
 
-    @property
-    def weight(self) -> Tensor:
-        """W (out, in) for code that looks at ``layer.weight``: dtype, device and shape are free, use builds W."""
-        return WeightView(self)
-
     def _options(self) -> dict[str, Any]:
-        return {"atoms": self.atoms, "sparsity": self.sparsity, "block": self.block}
+        return {**super()._options(), "block": self.block}

@@ -23,10 +23,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from ..linalg import LinalgError, all_finite
-from .base import Structure, empty_parameter, wide
-from .block_sparse_dictionary import index_dtype
-from .weight import WeightView
+from .base import empty_parameter
+from .dictionary import DictionaryStructure, index_dtype, row_codes
 
 __all__ = ["Positions", "SparseDictionary", "positions_bytes", "smaller_positions"]
 
@@ -49,7 +47,7 @@ def smaller_positions(atoms: int, sparsity: int) -> Positions:
     return "index" if index <= mask else "mask"
 
 
-class SparseDictionary(Structure):
+class SparseDictionary(DictionaryStructure):
     """A weight W (out, in) of which each output combines a few atoms of one dictionary.
 
     Args:
@@ -80,8 +78,6 @@ class SparseDictionary(Structure):
     """
 
     type_name: ClassVar[str] = "sparse_dictionary"
-    dictionary: Tensor
-    values: Tensor
     mask: Tensor
     index: Tensor
 
@@ -97,14 +93,11 @@ class SparseDictionary(Structure):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if not 1 <= sparsity <= atoms:
-            raise ValueError(f"sparsity must be from 1 to the {atoms} atoms, not {sparsity}")
+        super().__init__(in_features, out_features, atoms, sparsity, bias=bias, device=device, dtype=dtype)
         positions = positions or smaller_positions(atoms, sparsity)
         if positions not in get_args(Positions):
             raise ValueError(f'positions must be "mask" or "index", not {positions!r}')
-        self.atoms, self.sparsity, self.positions = atoms, sparsity, positions
-        self.dictionary = empty_parameter(in_features, atoms, device=device, dtype=dtype)
+        self.positions = positions
         self.values = empty_parameter(out_features, sparsity, device=device, dtype=dtype)
         # The first s atoms, so that a module without data is sound too.
         first = torch.arange(sparsity, device=device).expand(out_features, -1)
@@ -138,30 +131,12 @@ class SparseDictionary(Structure):
             ValueError: Shapes do not fit, an index is out of range or stands twice in a row.
             LinalgError: NaN or Inf, or values beyond the range of ``dtype``.
         """
-        if dictionary.ndim != 2 or values.ndim != 2 or index.shape != values.shape:
-            shapes = ", ".join(str(tuple(t.shape)) for t in (dictionary, index, values))
-            raise ValueError(f"dictionary, index and values must be (n, k), (m, s) and (m, s), got {shapes}")
+        index, values = row_codes(dictionary, index, values, bias)
         (n, k), (m, s) = dictionary.shape, values.shape
-        if bias is not None and bias.shape != (m,):
-            raise ValueError(f"bias must be ({m},), got {tuple(bias.shape)}")
         common: dict[str, Any] = {"device": dictionary.device, "dtype": dtype or dictionary.dtype}
         layer = cls(n, m, k, s, positions=positions, bias=bias is not None, **common)
-        ascending = index.to(device=dictionary.device, dtype=torch.int64).sort(dim=1)
-        index = ascending.values
-        if not 0 <= int(index.min()) <= int(index.max()) < k:
-            raise ValueError(f"index must hold numbers from 0 to {k - 1}, not {int(index.min())} to {int(index.max())}")
-        if bool((index.diff(dim=1) == 0).any()):
-            raise ValueError("index names an atom twice for one output; add up the values of both")
-        with torch.no_grad():
-            layer.dictionary.copy_(dictionary)
-            layer.values.copy_(values.to(dictionary.device).gather(1, ascending.indices))
-            layer.get_buffer(layer.positions).copy_(_pack(index, k) if layer.positions == "mask" else index)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(bias)
-        if not all(all_finite(parameter) for parameter in layer.parameters()):
-            raise LinalgError(
-                f"dictionary, values or bias hold NaN or Inf in {layer.dtype}: check them, or store wider"
-            )
+        stored = _pack(index, k) if layer.positions == "mask" else index
+        layer.store(bias=bias, dictionary=dictionary, values=values, **{layer.positions: stored})
         return layer
 
     def codes(self) -> Tensor:
@@ -171,26 +146,8 @@ class SparseDictionary(Structure):
             return empty.scatter(1, self.index.to(torch.int64), self.values)
         return empty.masked_scatter(_unpack(self.mask, self.atoms), self.values)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = (x D) S + b for x (..., in)."""
-        inner, codes = x @ self.dictionary, self.codes().mT
-        return inner @ codes if self.bias is None else inner @ codes + self.bias
-
-    def dense(self) -> Tensor:
-        """W (out, in)."""
-        return (wide(self.codes()) @ wide(self.dictionary).mT).to(self.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """W (out, in) for code that looks at ``layer.weight``: dtype, device and shape are free, use builds W."""
-        return WeightView(self)
-
-    def flops(self, tokens: int) -> int:
-        """2 tokens k (n + m): the product with S runs over its zeros too."""
-        return 2 * tokens * self.atoms * (self.in_features + self.out_features)
-
     def _options(self) -> dict[str, Any]:
-        return {"atoms": self.atoms, "sparsity": self.sparsity, "positions": self.positions}
+        return {**super()._options(), "positions": self.positions}
 
 
 def _pack(index: Tensor, size: int) -> Tensor:
