@@ -82,7 +82,8 @@ def main() -> None:
     lora = peft(copy.deepcopy(model)).train()
     contenders = {"LoRA of PEFT": step(lora, batch)}
     kept = {"LoRA of PEFT": activation_bytes(lora, batch)}
-    for name, options in (("nlora", {"variant": "slora"}), ("pissa", {}), ("sorsa", {}), ("lora-xs", {}), ("paca", {})):
+    methods: dict[str, dict[str, Any]] = {"lora": {}, "nlora": {"variant": "slora"}, "pissa": {}, "sorsa": {}}
+    for name, options in {**methods, "lora-xs": {}, "paca": {}}.items():
         adapted = adapt(copy.deepcopy(model), name, RANK, options=options, progress=False).train()
         contenders[name] = step(adapted, batch)
         kept[name] = activation_bytes(adapted, batch)

@@ -72,7 +72,7 @@ def test_it_is_the_papers_recipe(case):
     own = np.diag(s) @ vh @ b.T
     c = u.T @ (case["weight"] - case["emulator"]).numpy().T
     rho = np.abs(c).mean(1) / np.abs(own).mean(1)
-    limit = float(np.median(rho))
+    limit = float(np.sort(rho)[-2:].mean())  # between two: on one of them, rounding would decide
     assert (rho > limit).any()
     assert (rho <= limit).any()
     c[rho > limit] *= (limit / rho[rho > limit])[:, None]
