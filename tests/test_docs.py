@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from browser import PHONE
@@ -177,6 +177,7 @@ def test_a_failing_block_of_a_guide_is_one_line(docs, tmp_path):
         docs.examples.run_guides(tmp_path)
 
 
+@settings(deadline=None)  # a busy machine may take longer for one text
 @given(st.text("ab *_`[]()<>&|#\\~^$!{}-+.:\n1", min_size=1))
 def test_docstrings_keep_every_character(docs, text):
     """What Markdown would take for a mark comes out as it went in, also in a cell."""
