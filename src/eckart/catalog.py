@@ -171,7 +171,7 @@ METHODS: tuple[Method, ...] = (
     Method("locally-linear", "analysis", "Large Language Models are Locally Linear Mappings (repo title: Equivalent Linear Mappings of Large Language Models)", "2505.24293", 2025, "measured", "eckart.analysis.locally_linear:LocallyLinear", needs=("data",)),
     Method("lora-limits", "analysis", "Computational Limits of Low-Rank Adaptation (LoRA) for Transformer-Based Models", "2406.03136", 2024, "measured", "eckart.analysis.lora_limits:LoRALimits", needs=("data",)),
     Method("matrix-nuclear-norm", "analysis", "Large Language Model Evaluation via Matrix Nuclear-Norm", "2410.10672", 2024, "measured", "eckart.analysis.matrix_nuclear_norm:MatrixNuclearNorm", needs=("data",)),
-    Method("talking-heads", "analysis", "Understanding Inter-layer Communication in Transformer Language Models", "2406.09519", 2024, "experimental", "eckart.analysis.talking_heads:TalkingHeads"),
+    Method("talking-heads", "analysis", "Understanding Inter-layer Communication in Transformer Language Models", "2406.09519", 2024, "measured", "eckart.analysis.talking_heads:TalkingHeads"),
     # alignment
     Method("fwd-prompt", "alignment", "Beyond Anti-Forgetting: Multimodal Continual Instruction Tuning with Positive Forward Transfer", "2401.09181", 2024),
     Method("jacobian-nuclear-norm", "alignment", "Nuclear Norm Regularization for Deep Learning", "2405.14544", 2024, "measured", "eckart.alignment.jacobian_nuclear_norm:JacobianNuclearNorm"),
