@@ -82,8 +82,8 @@ def main() -> None:
     lora = peft(copy.deepcopy(model)).train()
     contenders = {"LoRA of PEFT": step(lora, batch)}
     kept = {"LoRA of PEFT": activation_bytes(lora, batch)}
-    methods: dict[str, dict[str, Any]] = {"lora": {}, "nlora": {"variant": "slora"}, "pissa": {}, "sorsa": {}}
-    for name, options in {**methods, "lora-xs": {}, "paca": {}}.items():
+    for name in ("lora", "nlora", "pissa", "sorsa", "lora-xs", "paca"):
+        options = {"variant": "slora"} if name == "nlora" else {}
         adapted = adapt(copy.deepcopy(model), name, RANK, options=options, progress=False).train()
         contenders[name] = step(adapted, batch)
         kept[name] = activation_bytes(adapted, batch)

@@ -18,6 +18,7 @@ from ..models.memory import release_memory
 from ..models.parallel import parallel_map
 from ..models.reader import RemoteLinear
 from ..models.select import LinearRef
+from ..models.weights import decomposition_cost
 from .contract import LayerMethod
 
 __all__ = ["Engine", "EngineError", "EngineName", "Local", "Ray", "Task"]
@@ -89,7 +90,7 @@ class Local:
             return task(ref, statistics.get(ref.name))
 
         if self._workers != 1:
-            yield from parallel_map(run, members, cost=_cost, workers=self._workers)
+            yield from parallel_map(run, members, cost=decomposition_cost, workers=self._workers)
             return
         for ref in members:
             yield run(ref)
@@ -244,7 +245,3 @@ def _in_short(failure: Exception) -> str:
 
 def _without_data(members: Sequence[LinearRef]) -> dict[str, Statistics]:
     return dict.fromkeys([ref.name for ref in members], Statistics())
-
-
-def _cost(ref: LinearRef) -> float:
-    return float(ref.out_features * ref.in_features * min(ref.shape))

@@ -17,7 +17,7 @@ from .progress import track
 from .select import LinearRef, Selection, Where
 from .stored import StoredRef, stored_linears
 
-__all__ = ["MEMORY", "map_weights", "weights_of"]
+__all__ = ["MEMORY", "decomposition_cost", "map_weights", "weights_of"]
 
 R = TypeVar("R")
 
@@ -75,7 +75,7 @@ def map_weights(
     found: list[R] = []
     for group in track(_groups(refs), description, enabled=progress):
         workers = max(1, min(torch.get_num_threads(), int(memory // max(map(_bytes, group)))))
-        found += parallel_map(function, group, cost=_cost, workers=workers)
+        found += parallel_map(function, group, cost=decomposition_cost, workers=workers)
         if stored:
             release_memory()
     return found
@@ -85,13 +85,14 @@ def _groups(refs: Sequence[LinearRef]) -> list[list[LinearRef]]:
     """Neighbours that are about as much work together as `_GROUP`, or eight."""
     groups: list[list[LinearRef]] = []
     for ref in refs:
-        if not groups or (len(groups[-1]) >= 8 and sum(map(_cost, groups[-1])) >= _GROUP):
+        if not groups or (len(groups[-1]) >= 8 and sum(map(decomposition_cost, groups[-1])) >= _GROUP):
             groups.append([])
         groups[-1].append(ref)
     return groups
 
 
-def _cost(ref: LinearRef) -> float:
+def decomposition_cost(ref: LinearRef) -> float:
+    """m n min(m, n), what decomposing a weight takes beside another."""
     m, n = ref.shape
     return m * n * min(m, n)
 
