@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 import statistics
 import tempfile
 import time
@@ -44,7 +45,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from eckart import adapt
 from eckart.adapters.config import EckartConfig
-from eckart.models import peak_memory
+from eckart.models import linears, peak_memory
 
 LORA_RANK = 4
 RATES = (5e-4, 2e-3, 8e-3)
@@ -151,13 +152,26 @@ def batch(job: Job, chosen: Sentences) -> dict[str, Tensor]:
     return {**tokens, "labels": torch.tensor([label for _, label in chosen])}
 
 
+def rank_and_options(job: Job, model: Any, method: str) -> tuple[int, dict[str, Any]]:
+    """What makes the trained parameters equal; mostly the rank alone."""
+    if method == "lamda":  # counted when its outer factors are frozen, from the first third of the steps on
+        return round(math.sqrt(job.parameters / len(linears(model).linears))), {}
+    if method == "compacter":  # the bottleneck would be wider than the encoder; so its factors get the rank
+        width, ends = job.encoder.config.hidden_size, 2 * job.encoder.config.num_hidden_layers
+        rank = width // 4
+        return rank, {"factor_rank": max(1, min(rank // 4, round((job.parameters / ends / (width + rank) - 1) / 2)))}
+    return rank_for(method, model, job.parameters), {}
+
+
 def ours(method: str) -> Callable[[Job, Any], Any]:
     def build(job: Job, model: Any) -> Any:
         needs = EckartConfig(method=method).build_method().needs
         data = [batch(job, job.train[i : i + job.size.batch]) for i in range(0, 4 * job.size.batch, job.size.batch)]
-        rank = rank_for(method, model, job.parameters)
+        rank, options = rank_and_options(job, model, method)
         data = [{k: v for k, v in one.items() if k != "labels" or "fisher" in needs} for one in data]
-        return adapt(model, method, rank, data=data if needs else None, progress=False, modules_to_save=["head"])
+        return adapt(
+            model, method, rank, data=data if needs else None, progress=False, modules_to_save=["head"], **options
+        )
 
     return build
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -184,3 +186,11 @@ def test_peak_memory_is_that_of_the_process():
     # what another test may have held counts too, so there is no upper bound but the machine's
     assert held.nbytes < peak_memory() < psutil.virtual_memory().total
     assert psutil.Process().memory_info().rss <= peak_memory() * 1.01
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    held = torch.ones(1_000_000_000, dtype=torch.uint8)
+    # Linux's ru_maxrss of the child would be at least this process's.
+    told = "from eckart.models import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True)
+    assert 10_000_000 < int(done.stdout) < held.nbytes

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,8 +175,12 @@ def peak_memory() -> int:
     """Peak resident memory of this process in bytes; of the GPU's allocations, if one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    import resource
-    import sys
+    import resource  # not on Windows
 
+    # Linux's ru_maxrss starts at what the parent process held when it started this one.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    if found := [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]:
+        return 1024 * found[0]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
