@@ -170,7 +170,7 @@ def ours(method: str) -> Callable[[Job, Any], Any]:
         rank, options = rank_and_options(job, model, method)
         data = [{k: v for k, v in one.items() if k != "labels" or "fisher" in needs} for one in data]
         return adapt(
-            model, method, rank, data=data if needs else None, progress=False, modules_to_save=["head"], **options
+            model, method, rank, data=data if needs else None, progress=False, modules_to_save=["head"], options=options
         )
 
     return build
@@ -180,7 +180,7 @@ def of_peft(**options: Any) -> Callable[[Job, Any], Any]:
     def build(job: Job, model: Any) -> Any:
         from peft import get_peft_model
 
-        return get_peft_model(model, lora_config(model, LORA_RANK, modules_to_save=["head"], **options))
+        return get_peft_model(model, lora_config(model, LORA_RANK, modules_to_save=["head"], options=options))
 
     return build
 
@@ -245,7 +245,7 @@ def saved_bytes(model: Any) -> int:
 
 def rates_for(job: Job, build: Any) -> tuple[float, ...]:
     count = sum(p.numel() for p in started(job, build, 0).parameters() if p.requires_grad)
-    return TINY_RATES if count < job.parameters / 4 else FULL_RATES if count > job.parameters * 8 else RATES
+    return TINY_RATES if count < job.parameters / 4 else FULL_RATES if count > job.parameters * 12 else RATES
 
 
 def search(job: Job, build: Any, rates: tuple[float, ...]) -> dict[float, float]:

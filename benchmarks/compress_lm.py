@@ -15,7 +15,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from eckart.structures import EckartWarning
 PAGE = Path(__file__).parents[1] / "docs" / "compress-lm.md"
 RATIOS = (0.2, 0.4)
 MORE_RATIOS = (0.1, 0.3)
+RECOVERY_SECONDS = 590.0
 # Not for a language model's linears, or no method for inference.
 ELSEWHERE = ("mixed-td", "sub-moe", "ones", "emloc")
 
@@ -46,12 +47,13 @@ class Size:
     judged: int = 16
     answers: int = 48
     answer_length: int = 256
-    recovery: int = 60
+    recovery: int = 400
+    recovery_samples: int = 256
     prune_steps: int = 60
     timed: bool = True
 
 
-SMOKE = Size(2, 1, 2, 128, 1, 2, timed=False)
+SMOKE = Size(2, 1, 2, 128, 1, 2, 2, timed=False)
 
 
 @dataclass
@@ -64,22 +66,22 @@ class Job:
     data: list[Any]
     test: list[Any]
     examples: list[Any]
+    recovery: list[Any] = field(default_factory=list)  # what is trained on; that which calibrates, if empty
 
 
 def load(size: Size, model: Any = None, tokenizer: Any = None, examples: list[Any] | None = None) -> Job:
     if model is None:
         model, tokenizer = demo()
     held_out = answers(tokenizer, size.answer_length)[-size.answers :] if examples is None else examples
-    return Job(
-        size, model, tokenizer, calibration(tokenizer, size.samples), evaluation(tokenizer, size.judged), held_out
-    )
+    data, more = calibration(tokenizer, size.samples), calibration(tokenizer, size.recovery_samples)
+    return Job(size, model, tokenizer, data, evaluation(tokenizer, size.judged), held_out, more)
 
 
 Make = Callable[[Job], tuple[nn.Module, dict[str, Any]]]
 
 
-def by(method: str, ratio: float, steps: int = 0, **options: Any) -> Make:
-    """A method at a ratio, and so many steps of recovery after it."""
+def by(method: str, ratio: float, recovered: bool = False, **options: Any) -> Make:
+    """A method at a ratio, with or without recovery after it."""
 
     def make(job: Job) -> tuple[nn.Module, dict[str, Any]]:
         settings = dict(options)
@@ -87,8 +89,9 @@ def by(method: str, ratio: float, steps: int = 0, **options: Any) -> Make:
             settings["steps"] = job.size.prune_steps
         result = compress(copy.deepcopy(job.model), method, ratio=ratio, data=job.data, progress=False, **settings)
         notes = {"method": method, "ratio": ratio, "removed": result.ratio, "allocation": result.settings["allocation"]}
-        if steps:
-            done = recover(result.model, job.data, job.size.recovery, progress=False)
+        if recovered:
+            text = job.recovery or job.data
+            done = recover(result.model, text, job.size.recovery, max_seconds=RECOVERY_SECONDS, progress=False)
             notes |= {"recovery steps": done.steps, "recovery seconds": done.seconds}
         return result.model, notes
 
@@ -166,8 +169,8 @@ def contenders() -> dict[str, Make]:
         found[f"pifa block-influence {ratio}"] = by("pifa", ratio, allocation="block-influence")
         found[f"magnitude pruning {ratio}"] = pruned(ratio)
         found[f"auto {ratio}"] = chosen(ratio)
-        found[f"pifa recovered {ratio}"] = by("pifa", ratio, steps=1)
-        found[f"modegpt recovered {ratio}"] = by("modegpt", ratio, steps=1)
+        found[f"pifa fisher recovered {ratio}"] = by("pifa", ratio, recovered=True, allocation="fisher")
+        found[f"modegpt recovered {ratio}"] = by("modegpt", ratio, recovered=True)
     return found
 
 

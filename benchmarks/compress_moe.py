@@ -187,7 +187,9 @@ def contenders() -> dict[str, Make]:
             ),
             f"least used pruned {ratio}": pruned(ratio),
         }
-    found["sub-moe shared stream basis recovered 0.5"] = by("sub-moe", 0.5, 1, experts="shared", basis="stream")
+    found["sub-moe shared stream basis recovered 0.5"] = by(
+        "sub-moe", 0.5, recovered=True, experts="shared", basis="stream"
+    )
     found["ones, gathered only"] = student(distilled=False)
     found["ones"] = student(distilled=True)
     return found

@@ -29,7 +29,7 @@ def job(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "int8", "modegpt 0.2", "svd-llm plain 0.4", "pifa recovered 0.2", "magnitude pruning 0.4"]
+    "name", ["dense", "int8", "modegpt 0.2", "svd-llm plain 0.4", "pifa fisher recovered 0.2", "magnitude pruning 0.4"]
 )
 def test_a_row(job, name):
     module, work = job

@@ -199,7 +199,7 @@ def _train(
                 if done >= 1:
                     break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(done, step, steps)
+                group["lr"] = learning_rate * _schedule(done, steps)
             chosen = torch.randint(len(sequences), (run.batch_size,), generator=generator).tolist()
             batches = _batches([sequences[i] for i in chosen], run.batch_size)
             loss = _loss(model, batches, device, half=not run.adapters)  # which not all adapters can do with
@@ -226,9 +226,10 @@ def _loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], device: tor
     return total
 
 
-def _schedule(done: float, step: int, steps: int) -> float:
-    warmup = max(1, steps // 10)
-    return (step + 1) / warmup if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
+def _schedule(done: float, steps: int) -> float:
+    """Share of the peak rate: up over the first tenth, of the steps or of the time, whichever is further on."""
+    rising = 10 * (done + 1 / steps)
+    return rising if rising <= 1 else 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
