@@ -48,10 +48,11 @@ class Size:
     population: int = 100
     generations: int = 20
     pictures: int = 64
-    mac_ratios: tuple[float, ...] = (0.30, 0.35, 0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70)
+    groups: tuple[int, ...] = (1, 2, 4, 8)
+    mac_ratios: tuple[float, ...] = (0.25, 0.35, 0.45, 0.55, 0.65)
 
 
-SMOKE = Size(2, 1, 100, 40, 20, 2, 1, 4, (0.3, 0.5))
+SMOKE = Size(2, 1, 100, 40, 20, 2, 1, 4, (1, 2), (0.3, 0.5))
 Split = tuple[Tensor, Tensor]
 
 
@@ -120,10 +121,11 @@ Make = Callable[[Size, Split, Split, int], nn.Module]
 def mixed(ratio: float, kinds: tuple[Kind, ...]) -> Make:
     def make(size: Size, train: Split, search: Split, seed: int) -> nn.Module:
         model = trained(size, train, seed)
-        budget = {"population": size.population, "generations": size.generations, "mac_ratios": size.mac_ratios}
+        options: dict[str, Any] = {"population": size.population, "generations": size.generations}
+        options |= {"groups": size.groups, "mac_ratios": size.mac_ratios}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EckartWarning)
-            decompose(model, [search], ratio, kinds=kinds, seed=seed, progress=False, **budget)
+            decompose(model, [search], ratio, kinds=kinds, seed=seed, progress=False, **options)
         return model
 
     return make

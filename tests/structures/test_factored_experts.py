@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from eckart.models import linears
 from eckart.structures.factored_experts import ExpertGroup, FactoredExperts
 from eckart.structures.shared_factor import SharedFactor
 
@@ -178,3 +179,11 @@ def test_factors_come_back_as_their_products(side):
     np.testing.assert_allclose(factor(x, 2).detach(), x.numpy() @ products[2].T, atol=1e-12)
     half = SharedFactor.from_factors(shared, own, side, dtype=torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
+
+
+def test_its_factors_are_told_from_a_bank_that_could_be_treated():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": bank(), "linear": nn.Linear(4, 4)})])})
+    found = linears(model)
+    assert [ref.name for ref in found.linears] == ["layers.0.linear"]
+    assert found.skipped
+    assert all("factored already" in skipped.reason for skipped in found.skipped), found.skipped

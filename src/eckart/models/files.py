@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["CheckpointError", "atomic_directory", "becoming", "check_target"]
+__all__ = ["CheckpointError", "atomic_directory", "becoming", "check_target", "flush_to_disk"]
 
 _MARKS = ("config.json", "adapter_config.json")  # of a model, of an adapter
 
@@ -118,6 +118,12 @@ def becoming(
         if left and not isinstance(error, CheckpointError):  # its message says what to do
             error.add_note(left)
         raise
+
+
+def flush_to_disk(file: Path) -> None:
+    """Wait until what was written to a file would outlive a loss of power."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _move_into_place(partial: Path, target: Path, force: bool) -> None:

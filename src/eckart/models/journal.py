@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..linalg import LinalgError
-from .files import becoming
+from .files import becoming, flush_to_disk
 
 __all__ = ["UNFINISHED", "Journal", "check_unfinished", "resumable_directory"]
 
@@ -99,6 +99,7 @@ class Journal:
         new = self._file.with_suffix(".new")
         try:
             new.write_text(json.dumps(state) + "\n", encoding="utf-8")
+            flush_to_disk(new)
             os.replace(new, self._file)  # at any moment there is a whole one
         except BaseException:
             new.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structures import Structure
+from ..structures.shared_factor import SharedFactor
 from .kinds import Kind, is_norm, linear_kind, owners, untreatable
 from .topology import block_of, blocks
 
@@ -241,6 +242,8 @@ def _why_bare(module: nn.Module, parameter: Tensor) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return f"embedding table ({shape}), read by index"
+    if isinstance(module, SharedFactor):
+        return f"factor ({shape}) of experts that are factored already"
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"convolution kernel ({shape}) of {kind}"
     if parameter.ndim == 2:

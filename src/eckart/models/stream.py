@@ -20,7 +20,7 @@ from torch import nn
 
 from ..linalg import all_finite
 from ..structures import structure_from_spec
-from .files import CheckpointError
+from .files import CheckpointError, flush_to_disk
 from .memory import release_memory
 from .quantizer import METHOD
 from .reader import CheckpointReader, RemoteLinear
@@ -169,6 +169,7 @@ class StreamedModel:
         path = self.target / self._shard(number)
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            flush_to_disk(path)  # before a journal says that it is there
         except BaseException:
             path.unlink(missing_ok=True)  # half a shard is of no use, and the disk may be full
             raise
