@@ -180,7 +180,7 @@ def of_peft(**options: Any) -> Callable[[Job, Any], Any]:
     def build(job: Job, model: Any) -> Any:
         from peft import get_peft_model
 
-        return get_peft_model(model, lora_config(model, LORA_RANK, modules_to_save=["head"], options=options))
+        return get_peft_model(model, lora_config(model, LORA_RANK, modules_to_save=["head"], **options))
 
     return build
 
