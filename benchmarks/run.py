@@ -28,6 +28,7 @@ NAMES = (
     "stream",
     "perplexity",
     "compress_lm",
+    "compress_speed",
     "compress_moe",
     "convolutions",
     "recommenders",

@@ -74,3 +74,17 @@ def test_the_five_best_go_to_two_ratios_more(job):
     found = {f"m{i} 0.2": {"method": f"m{i}", "ratio": 0.2, "perplexity": float(i)} for i in range(7)}
     found["m0 recovered 0.2"] = {"method": "m6", "ratio": 0.2, "perplexity": 0.0, "recovery steps": 1}
     assert set(module.best_five(found)) == {f"m{i} {ratio}" for i in range(5) for ratio in (0.1, 0.3)}
+
+
+def test_speeds_of_every_form_are_taken_beside_the_dense_model(job, monkeypatch):
+    module, work = job
+    import compress_speed
+
+    monkeypatch.setattr(compress_speed, "time_per_token", lambda model, **_: 1.0 + module.bytes_of(model) / 1e9)
+    models = compress_speed.forms(work, ratios=(0.4,))
+    assert {"dense", "int8", "plain factors 0.4", "pivoted factors 0.4", "narrower layers (modegpt) 0.4"} <= set(models)
+    found = compress_speed.measure(models, rounds=1, prompt=16)
+    assert found["dense"]["token / dense"] == found["dense"]["prompt / dense"] == 1.0
+    assert found["plain factors 0.4"]["token / dense"] < 1
+    assert all(row["bytes"] < found["dense"]["bytes"] for name, row in found.items() if name != "dense")
+    sys.modules.pop("compress_speed")
