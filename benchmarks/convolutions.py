@@ -32,7 +32,7 @@ from eckart.compression.mixed_td import decompose
 from eckart.structures import EckartWarning
 
 PAGE = Path(__file__).parents[1] / "docs" / "compress-small.md"
-RATIOS = (0.4, 0.6)
+RATIOS = (0.6, 0.85)
 CHANNELS = (32, 64, 64, 128, 128)
 
 
@@ -49,10 +49,10 @@ class Size:
     generations: int = 20
     pictures: int = 64
     groups: tuple[int, ...] = (1, 2, 4, 8)
-    mac_ratios: tuple[float, ...] = (0.25, 0.35, 0.45, 0.55, 0.65)
+    mac_ratios: tuple[float, ...] = (0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
 
 
-SMOKE = Size(2, 1, 100, 40, 20, 2, 1, 4, (1, 2), (0.3, 0.5))
+SMOKE = Size(2, 1, 100, 40, 20, 2, 1, 4, (1, 2), (0.15, 0.4))
 Split = tuple[Tensor, Tensor]
 
 

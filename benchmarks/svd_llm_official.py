@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from adapter_job import write_table
+from common import RESULTS, record
 from language_model import calibration, demo, evaluation
 from safetensors.torch import save_file
 
@@ -36,6 +37,7 @@ from eckart.compression import compress
 from eckart.models import perplexity
 
 RATIO = 0.2
+PAGE = Path(__file__).parents[1] / "docs" / "compress-lm.md"
 OFFICIAL = """
 import functools, json, math, sys, time, types
 from pathlib import Path
@@ -130,6 +132,16 @@ def windows(batches: list[Any]) -> list[torch.Tensor]:
     return [row[None] for batch in batches for row in batch["input_ids"]]
 
 
+def draw() -> None:
+    """Write the table of the page."""
+    figures = json.loads((RESULTS / "svd_llm_official.json").read_text(encoding="utf-8"))["figures"]
+    shown = {
+        "figure": lambda name, value: name,
+        "": lambda name, value: value.partition(":")[0] if isinstance(value, str) else f"{value:,.3g}",
+    }
+    write_table(PAGE, shown, figures, "published")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--official", required=True, help="directory of the published code")
@@ -185,6 +197,7 @@ def main() -> None:
         },
         method="svd-llm",
     )
+    draw()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def benchmarks(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", ["dense", "mixed-td, separable alone 0.4", "fewer channels 0.6"])
+@pytest.mark.parametrize("name", ["dense", "mixed-td, separable alone 0.6", "fewer channels 0.6"])
 def test_a_row_of_the_convolutions(benchmarks, name):
     import convolutions
 
@@ -30,8 +30,8 @@ def test_a_row_of_the_convolutions(benchmarks, name):
     dense = convolutions.multiply_adds(convolutions.network())
     assert 0 <= row["test"]["accuracy"] <= 1
     # The layer that reads the picture is not factored, and does not count for the ratio.
-    limit = {"dense": 1.0, "mixed-td, separable alone 0.4": 0.61, "fewer channels 0.6": 0.41}[name]
-    assert 0.3 * dense < row["test"]["multiply-adds"] <= limit * dense
+    limit = {"dense": 1.0, "mixed-td, separable alone 0.6": 0.41, "fewer channels 0.6": 0.41}[name]
+    assert 0.1 * dense < row["test"]["multiply-adds"] <= limit * dense
     json.dumps(row)
 
 
