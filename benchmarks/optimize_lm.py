@@ -68,7 +68,7 @@ class Optimizer:
 
     Attributes:
         build: Makes it for a model and a learning rate.
-        rates: Learning rates of pre-training.
+        rates: Learning rates of pre-training; a single one is taken without a search.
         tune_rates: Of fine-tuning.
     """
 
@@ -169,7 +169,10 @@ def contenders() -> dict[str, Optimizer]:
         "muon": Optimizer(muon, full, tune),
     }
     if importlib.util.find_spec("galore_torch"):
-        found["galore-torch"] = Optimizer(peer("galore_torch", "GaLoreAdamW", proj_type="std"))
+        theirs = peer("galore_torch", "GaLoreAdamW", proj_type="std")
+        found["galore-torch"] = Optimizer(theirs)
+        # Few steps may choose another rate than for ours, and then more than the optimizer differs.
+        found["galore-torch, rate of galore"] = Optimizer(theirs, (1e-2,), (1.6e-3,))
     if importlib.util.find_spec("apollo_torch"):
         found["apollo-torch"] = Optimizer(
             peer("apollo_torch", "APOLLOAdamW", proj="random", scale_type="channel", proj_type="std")
@@ -319,8 +322,10 @@ def tuning(size: Size, model: Any = None, tokenizer: Any = None, source: Path | 
 def measured(job: Pretraining | Tuning, contender: Optimizer, steps: int, search_steps: int) -> dict[str, Any]:
     """Best rate, then the training proper."""
     rates = contender.rates if isinstance(job, Pretraining) else contender.tune_rates
-    search = best_rate(lambda rate: job.run(contender.build, rate, search_steps).loss, rates, factor=4.0)
-    rate = best(search)
+    search: dict[float, float] = {}
+    if len(rates) > 1:
+        search = best_rate(lambda rate: job.run(contender.build, rate, search_steps).loss, rates, factor=4.0)
+    rate = best(search) if search else rates[0]
     done = job.run(contender.build, rate, steps)
     return {
         "loss": done.loss,
