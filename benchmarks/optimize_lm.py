@@ -1,9 +1,10 @@
 """Every optimizer on two jobs: a small Llama from scratch on text, and full fine-tuning of the demo model on answers.
 
 Pre-training: bytes of WikiText-2's validation text, its last tenth held out, the same batches for all. Fine-tuning:
-GSM8K answers, every weight of the model. The learning rate of each job is the best of three over fewer steps, and of up
-to two beyond where the best is at an end. Optimizers that project have a rank of a quarter of the width. Every row is a
-process of its own and is written when it is done; a second call goes on where the first stopped:
+GSM8K answers, every weight of the model. Three learning rates are tried over fewer steps, and up to two beyond where
+the best is at an end; the two best are trained to the end, and the better one counts. Optimizers that project have a
+rank of a quarter of the width. Every row is a process of its own and is written when it is done; a second call goes on
+where the first stopped, and `--only` keeps the search of a row that is there:
 
 python benchmarks/optimize_lm.py [--only NAME ...] [--smoke] [--draw]
 
@@ -16,6 +17,7 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -68,7 +70,7 @@ class Optimizer:
 
     Attributes:
         build: Makes it for a model and a learning rate.
-        rates: Learning rates of pre-training; a single one is taken without a search.
+        rates: Learning rates of pre-training.
         tune_rates: Of fine-tuning.
     """
 
@@ -169,10 +171,7 @@ def contenders() -> dict[str, Optimizer]:
         "muon": Optimizer(muon, full, tune),
     }
     if importlib.util.find_spec("galore_torch"):
-        theirs = peer("galore_torch", "GaLoreAdamW", proj_type="std")
-        found["galore-torch"] = Optimizer(theirs)
-        # Few steps may choose another rate than for ours, and then more than the optimizer differs.
-        found["galore-torch, rate of galore"] = Optimizer(theirs, (1e-2,), (1.6e-3,))
+        found["galore-torch"] = Optimizer(peer("galore_torch", "GaLoreAdamW", proj_type="std"))
     if importlib.util.find_spec("apollo_torch"):
         found["apollo-torch"] = Optimizer(
             peer("apollo_torch", "APOLLOAdamW", proj="random", scale_type="channel", proj_type="std")
@@ -319,35 +318,56 @@ def tuning(size: Size, model: Any = None, tokenizer: Any = None, source: Path | 
     return Tuning(size, model, tokenizer, found[: -size.tune_held_out], found[-size.tune_held_out :])
 
 
-def measured(job: Pretraining | Tuning, contender: Optimizer, steps: int, search_steps: int) -> dict[str, Any]:
-    """Best rate, then the training proper."""
+Row = dict[str, Any]
+
+
+def measured(job: Pretraining | Tuning, contender: Optimizer, steps: int, search_steps: int, before: Row) -> Row:
+    """The two rates that are best after a few steps, trained to the end, and the better one's figures.
+
+    Args:
+        job: what is trained.
+        contender: by which optimizer.
+        steps: of a training.
+        search_steps: of one that only chooses rates.
+        before: what an earlier run found of this row, with one rate trained to the end or two; empty for nothing.
+    """
     rates = contender.rates if isinstance(job, Pretraining) else contender.tune_rates
-    search: dict[float, float] = {}
-    if len(rates) > 1:
-        search = best_rate(lambda rate: job.run(contender.build, rate, search_steps).loss, rates, factor=4.0)
-    rate = best(search) if search else rates[0]
-    done = job.run(contender.build, rate, steps)
+    search = {float(rate): loss for rate, loss in before.get("learning rates tried", {}).items()}
+    search = search or best_rate(lambda rate: job.run(contender.build, rate, search_steps).loss, rates, factor=4.0)
+    found = before
+    ends = {float(rate): loss for rate, loss in before.get("losses at the end", {}).items()}
+    if before and not ends:
+        ends = {before["learning rate"]: before["loss"]}
+    for rate in sorted(search, key=lambda rate: (math.isnan(search[rate]), search[rate]))[:2]:
+        if rate in ends:
+            continue
+        done = job.run(contender.build, rate, steps)
+        ends[rate] = done.loss
+        if best(ends) == rate:
+            found = figures(done) | {"learning rate": rate, "steps": steps}
+    tried = {str(rate): loss for rate, loss in search.items()}
+    return found | {"learning rates tried": tried, "losses at the end": {str(rate): x for rate, x in ends.items()}}
+
+
+def figures(done: Run) -> Row:
     return {
         "loss": done.loss,
         "curve": done.curve,
-        "learning rate": rate,
-        "learning rates tried": {str(key): value for key, value in search.items()},
         "state bytes": done.state,
         "trained parameters": done.trained,
         "seconds an update": statistics.median(done.seconds),
         "seconds of the worst update": max(done.seconds),
         "seconds of the first update": done.seconds[0],
         "peak memory": peak_memory(),
-        "steps": steps,
     }
 
 
-def run(jobs: tuple[Pretraining, Tuning], name: str, contender: Optimizer) -> dict[str, Any]:
-    """One row of the table."""
+def run(jobs: tuple[Pretraining, Tuning], name: str, contender: Optimizer, before: Row | None = None) -> Row:
+    """One row of the table; ``before`` is the row as it was, whose searches are kept."""
     first, second = jobs
-    size = first.size
-    pretrained = measured(first, contender, size.steps, size.search_steps)
-    tuned = measured(second, contender, size.tune_steps, size.tune_search_steps)
+    size, before = first.size, before or {"pre-training": {}, "fine-tuning": {}}
+    pretrained = measured(first, contender, size.steps, size.search_steps, before["pre-training"])
+    tuned = measured(second, contender, size.tune_steps, size.tune_search_steps, before["fine-tuning"])
     method = name.partition(",")[0].removesuffix(" 8-bit")
     key = "method" if method in {row.name for row in catalog.select(family="optim")} else "baseline"
     return {key: method, "name": name, "pre-training": pretrained, "fine-tuning": tuned, **environment()}
@@ -412,7 +432,7 @@ def main() -> None:
     jobs = pretraining(size), tuning(size)
     for name in options.only:
         start = time.perf_counter()
-        row = run(jobs, name, contenders()[name])
+        row = run(jobs, name, contenders()[name], rows(path).get(name))
         add_row(path, name, row)
         losses = row["pre-training"]["loss"], row["fine-tuning"]["loss"]
         print(f"{name}: {losses[0]:.4f} and {losses[1]:.4f} in {time.perf_counter() - start:.0f} s", flush=True)

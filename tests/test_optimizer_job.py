@@ -48,6 +48,30 @@ def test_every_row_can_be_measured(job):
             assert len(row[part]["curve"]) == row[part]["steps"]
 
 
+def test_the_two_best_rates_are_trained_to_the_end_and_a_search_is_kept(job, monkeypatch):
+    module, (pretraining, _) = job
+    final = {1.0: 5.0, 2.0: 4.0, 3.0: 3.0, 4.0: 9.0}
+    runs: list[tuple[float, int]] = []
+
+    def run(build, rate: float, steps: int):
+        runs.append((rate, steps))
+        loss = final[rate] if steps == 10 else {1.0: 3.0, 2.0: 2.0, 3.0: 2.1, 4.0: 4.0}[rate]
+        return module.Run(loss, [loss], [1.0], 1, 1)
+
+    monkeypatch.setattr(type(pretraining), "run", lambda self, *arguments: run(*arguments))
+    contender = module.Optimizer(None, rates=(1.0, 2.0, 3.0))
+    row = module.measured(pretraining, contender, 10, 1, {})
+    assert runs == [(1.0, 1), (2.0, 1), (3.0, 1), (2.0, 10), (3.0, 10)]
+    assert (row["loss"], row["learning rate"]) == (3.0, 3.0)
+    assert row["losses at the end"] == {"2.0": 4.0, "3.0": 3.0}
+    runs.clear()
+    assert module.measured(pretraining, contender, 10, 1, row) == row
+    assert not runs
+    old = {"loss": 4.0, "learning rate": 2.0, "steps": 10, "learning rates tried": row["learning rates tried"]}
+    assert module.measured(pretraining, contender, 10, 1, old)["loss"] == 3.0
+    assert runs == [(3.0, 10)]
+
+
 def test_bytes_of_a_state_are_counted_once_and_inside_of_objects(job):
     module, _ = job
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
