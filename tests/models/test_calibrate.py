@@ -200,6 +200,21 @@ def test_fisher_does_not_depend_on_how_sequences_are_batched(family):
         torch.testing.assert_close(one[name].fisher, two[name].fisher, rtol=1e-9, atol=0)
 
 
+def test_fisher_takes_a_large_batch_apart(monkeypatch):
+    """A backward pass keeps all activations and the logits several times: its peak is that of a few sequences."""
+    model = tiny_models.FAMILIES["llama"]().double()
+    data = [torch.arange(60).reshape(5, 12) % 50 + 3]
+    whole = calibrate(model, data, ["fisher"], progress=False)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr("eckart.models.fisher._TOKENS", 24)
+    parts = calibrate(model, data, ["fisher"], progress=False)
+    assert sizes == [2, 2, 1]
+    for name, entry in whole.items():
+        torch.testing.assert_close(parts[name].fisher, entry.fisher, rtol=1e-9, atol=0)
+        assert parts[name].count == entry.count == 5
+
+
 def test_fisher_and_gram_come_together():
     model = build("llama")
     data = [tiny_models.inputs(model)]

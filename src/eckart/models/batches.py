@@ -186,8 +186,8 @@ def as_batches(data: Iterable[Any]) -> list[Batch]:
     return batches
 
 
-def single_examples(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[Batch]:
-    """The rows of batches, each as a batch of its own.
+def single_examples(batches: Sequence[Mapping[str, torch.Tensor]], rows: int = 1) -> Iterator[Batch]:
+    """The rows of batches, each as a batch of its own; or so many rows, what is left at the end of a batch too.
 
     Example:
         >>> [one["input_ids"].tolist() for one in single_examples([{"input_ids": torch.arange(4).reshape(2, 2)}])]
@@ -195,8 +195,8 @@ def single_examples(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[B
     """
     for batch in batches:
         size = next(iter(batch.values())).shape[0]
-        for row in range(size):
-            yield {key: t[row : row + 1] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}
+        for row in range(0, size, rows):
+            yield {key: t[row : row + rows] if t.ndim and t.shape[0] == size else t for key, t in batch.items()}
 
 
 def calibrating_and_judging(

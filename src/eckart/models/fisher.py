@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["fisher"]
 
+# In one backward pass, which keeps all activations, and the logits of a language model several times over.
+_TOKENS = 1024
+
 
 def fisher(
     model: nn.Module, batches: Sequence[Batch], members: Sequence[LinearRef], *, progress: bool = True
@@ -107,7 +110,7 @@ def _backward(model: nn.Module, batch: Batch) -> None:
 
 
 def _even_parts(batch: Batch) -> list[Batch]:
-    """The batch with labels; sequence by sequence, if some have fewer labels than others."""
+    """The batch with labels, in parts of `_TOKENS`; sequence by sequence, if some have fewer labels than others."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"].clone()
@@ -116,9 +119,12 @@ def _even_parts(batch: Batch) -> list[Batch]:
             labels[padding] = -100
             labels[:, 1:][padding[:, :-1]] = -100  # nothing to predict the first token after padding from
         batch = {**batch, "labels": labels}
-    if labels is None or not bool((labels == -100).any()):
+    if labels is None:
         return [batch]
-    return [one for one, own in zip(single_examples([batch]), labels, strict=True) if bool((own != -100).any())]
+    if bool((labels == -100).any()):
+        return [one for one, own in zip(single_examples([batch]), labels, strict=True) if bool((own != -100).any())]
+    # The loss is a mean over equally many tokens of each sequence, so parts give the same gradients for less memory.
+    return list(single_examples([batch], rows=max(1, _TOKENS // labels[0].numel())))
 
 
 def _size(batch: Batch) -> int:
