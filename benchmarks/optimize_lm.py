@@ -184,6 +184,9 @@ def contenders() -> dict[str, Optimizer]:
             found[f"{row.name} 8-bit"] = Optimizer(ours(row.name, bits=8), *rates)
     # What a published scale does: it is the rate of the projected matrices over that of embeddings, head and norms.
     found["dct-adamw 8-bit, scale 0.25"] = Optimizer(ours("dct-adamw", bits=8, scale=0.25))
+    # GaLore's scale, and its columns kept: choosing at every step starts the moments of the new ones from zero.
+    kept = ours("dct-adamw", bits=8, scale=0.25, norm=2, update_interval=1000)
+    found["dct-adamw 8-bit, scale 0.25, columns kept"] = Optimizer(kept)
     found["galore 8-bit, scale 1"] = Optimizer(ours("galore", bits=8, scale=1.0), full, tune)
     found["fira 8-bit, scale 1"] = Optimizer(ours("fira", bits=8, scale=1.0), full, tune)
     return found
