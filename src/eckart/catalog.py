@@ -76,7 +76,7 @@ METHODS: tuple[Method, ...] = (
     Method("dsformer", "compression", "Effective Compression of Text-Transformers by Dense-Sparse Weight Factorization", "2312.13211", 2023, "experimental", "eckart.compression.dsformer:DSFormer"),
     Method("emloc", "compression", "Emulator-based Memory-efficient Fine-tuning with LoRA Correction", "2506.12015", 2025, "measured", "eckart.compression.emloc:EMLoC", needs=("gram",)),
     Method("fwsvd", "compression", "Language model compression with weighted low-rank factorization", "2207.00112", 2022, "measured", "eckart.compression.fwsvd:FWSVD", needs=("fisher",)),
-    Method("lorap", "compression", "Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "2404.09695", 2024, "experimental", "eckart.compression.lorap:LoRAP", needs=("meansquare",)),
+    Method("lorap", "compression", "Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models", "2404.09695", 2024, "measured", "eckart.compression.lorap:LoRAP", needs=("meansquare",)),
     Method("loraprune", "compression", "Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", "2305.18403", 2023, "experimental", "eckart.compression.loraprune:LoRAPrune", needs=("gradients",)),
     Method("mixed-td", "compression", "Efficient Neural Network Accelerator with Layer-Specific Tensor Decomposition", "2306.05021", 2023, "measured", "eckart.compression.mixed_td:MixedTD", needs=("data",)),
     Method("modegpt", "compression", "Modular Decomposition for Large Language Model Compression", "2408.09632", 2024, "measured", "eckart.compression.modegpt:MoDeGPT", needs=("gram", "mean")),
@@ -85,7 +85,7 @@ METHODS: tuple[Method, ...] = (
     Method("sub-moe", "compression", "Efficient Mixture-of-Expert LLMs Compression via Subspace Expert Merging", "2506.23266", 2025, "measured", "eckart.compression.sub_moe:SubMoE", needs=("routing",)),
     Method("svd", "compression", "The approximation of one matrix by another of lower rank", None, 1936, "measured", "eckart.compression.svd:SVD", reference="C. Eckart and G. Young, Psychometrika 1(3):211-218, 1936, doi:10.1007/BF02288367"),
     Method("svd-llm", "compression", "Truncation-aware Singular Value Decomposition for Large Language Model Compression (and SVD-LLM V2)", "2403.07378", 2024, "measured", "eckart.compression.svd_llm:SVDLLM", needs=("gram",), reference="SVD-LLM V2: Optimizing Singular Value Truncation for Large Language Model Compression, arXiv:2503.12340 (2025)"),
-    Method("welore", "compression", "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", "2407.11239", 2024, "experimental", "eckart.compression.welore:WeLoRe"),
+    Method("welore", "compression", "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", "2407.11239", 2024, "measured", "eckart.compression.welore:WeLoRe"),
     # adapters
     Method("ac-lora", "adapters", "Auto Component LoRA for Personalized Artistic Style Image Generation", "2504.02231", 2025, "measured", "eckart.adapters.ac_lora:ACLoRA"),
     Method("adalora", "adapters", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "2303.10512", 2023, "measured", "eckart.adapters.adalora:AdaLoRA"),
