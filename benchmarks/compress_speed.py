@@ -4,7 +4,7 @@ Speed depends on forms and sizes and not on the values, so methods that need no 
 milliseconds for each of 32 generated tokens, and for a prompt of 512 tokens; ratios to the dense model are medians over
 rounds of the quotient within a round. Nothing else may run on the machine.
 
-python benchmarks/compress_speed.py [--rounds 7] [--draw]
+python benchmarks/compress_speed.py [--rounds 3] [--draw]
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def table(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draw", action="store_true", help="only write the table of the page")
     options = parser.parse_args()
     if not options.draw:
