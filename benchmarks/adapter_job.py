@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -139,3 +140,33 @@ def each_in_its_process(script: str, names: Iterable[str], path: Path, *argument
     for name in names:
         if name not in rows(path):
             subprocess.run([sys.executable, script, "--only", name, *arguments], check=True)
+
+
+def command(
+    path: Path,
+    names: Sequence[str],
+    measure: Callable[[str, bool], Mapping[str, Any]],
+    table: Callable[[dict[str, Any]], None],
+) -> None:
+    """The command line of a job on small things: measure the rows that are missing, or the named ones, and show all.
+
+    Args:
+        path: the results; a smoke run has a file of its own in cache/.
+        names: of all rows.
+        measure: one row by its name, in its smallest size if True.
+        table: writes the table of the page.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--smoke", action="store_true", help="as little work as runs, into a file of its own")
+    parser.add_argument("--draw", action="store_true", help="only write the table of the page")
+    options = parser.parse_args()
+    if options.smoke:
+        path = path.parents[1] / "cache" / f"{path.stem}_smoke.json"
+    for name in [] if options.draw else names:
+        if name in options.only or (not options.only and name not in rows(path)):
+            row = measure(name, options.smoke)
+            add_row(path, name, row)
+            print(f"{name}: {row}", flush=True)
+    if not options.smoke:
+        table(rows(path))

@@ -11,7 +11,6 @@ python benchmarks/convolutions.py [--only NAME ...] [--smoke] [--draw]
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from adapter_job import add_row, rows, write_table
+from adapter_job import command, write_table
 from common import RESULTS, environment, interleaved, medians
 from small_size import over_seeds, step
 from torch import Tensor, nn
@@ -182,20 +181,12 @@ def table(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--smoke", action="store_true", help="a few pictures, into a file of its own")
-    parser.add_argument("--draw", action="store_true", help="only write the table of the page")
-    options = parser.parse_args()
-    path = RESULTS.parent / "cache" / "convolutions_smoke.json" if options.smoke else RESULTS / "convolutions.json"
-    if not options.draw:
-        for name, make in contenders().items():
-            if name in options.only or (not options.only and name not in rows(path)):
-                row = run(SMOKE if options.smoke else Size(), name, make)
-                add_row(path, name, row)
-                print(f"{name}: {row['test']}", flush=True)
-    if not options.smoke:
-        table(rows(path))
+    known = contenders()
+
+    def measure(name: str, smoke: bool) -> dict[str, Any]:
+        return run(SMOKE if smoke else Size(), name, known[name])
+
+    command(RESULTS / "convolutions.json", list(known), measure, table)
 
 
 if __name__ == "__main__":

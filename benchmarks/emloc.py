@@ -12,7 +12,6 @@ python benchmarks/emloc.py [--only NAME ...] [--smoke] [--draw]
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_job import Training, add_row, best, lora_config, rows, write_table
+from adapter_job import Training, best, command, lora_config, write_table
 from common import RESULTS, environment
 from language_model import answers
 
@@ -175,25 +174,16 @@ def table(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--smoke", action="store_true", help="two steps, into a file of its own")
-    parser.add_argument("--draw", action="store_true", help="only write the table of the page")
-    parser.add_argument("--tune", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.tune:
-        told = json.loads(options.tune)
+    if sys.argv[1:2] == ["--tune"]:  # from `tuned_apart`
+        told = json.loads(sys.argv[2])
         print(json.dumps(tune(told["base"], Path(told["out"]), Size(**told["size"]))))
         return
-    path = RESULTS.parent / "cache" / "emloc_smoke.json" if options.smoke else RESULTS / "emloc.json"
-    if not options.draw:
-        for name, make in contenders().items():
-            if name in options.only or (not options.only and name not in rows(path)):
-                row = make(SMOKE if options.smoke else Size()) | environment()
-                add_row(path, name, row)
-                print(f"{name}: {row}", flush=True)
-    if not options.smoke:
-        table(rows(path))
+    known = contenders()
+
+    def measure(name: str, smoke: bool) -> dict[str, Any]:
+        return known[name](SMOKE if smoke else Size()) | environment()
+
+    command(RESULTS / "emloc.json", list(known), measure, table)
 
 
 if __name__ == "__main__":
