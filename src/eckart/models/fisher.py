@@ -4,7 +4,7 @@
 
 The square of a batch's mean gradient is smaller by the batch size and has another pattern, so the
 gradient of each sequence b is formed on its own: dL_b/dW = sum_t d_t x_t^T over its tokens, from the
-layer's inputs x and the gradients d of its outputs, one backward pass a batch.
+layer's inputs x and the gradients d of its outputs, one backward pass for a few sequences.
 """
 
 from __future__ import annotations
