@@ -15,7 +15,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,15 @@ class Job:
     data: list[Any]
     test: list[Any]
     examples: list[Any]
-    recovery: list[Any] = field(default_factory=list)  # what is trained on; that which calibrates, if empty
+    recovery: Callable[[], list[Any]] | None = None  # reads what is trained on; that which calibrates, if None
 
 
 def load(size: Size, model: Any = None, tokenizer: Any = None, examples: list[Any] | None = None) -> Job:
     if model is None:
         model, tokenizer = demo()
     held_out = answers(tokenizer, size.answer_length)[-size.answers :] if examples is None else examples
-    data, more = calibration(tokenizer, size.samples), calibration(tokenizer, size.recovery_samples)
-    return Job(size, model, tokenizer, data, evaluation(tokenizer, size.judged), held_out, more)
+    data, test = calibration(tokenizer, size.samples), evaluation(tokenizer, size.judged)
+    return Job(size, model, tokenizer, data, test, held_out, lambda: calibration(tokenizer, size.recovery_samples))
 
 
 Make = Callable[[Job], tuple[nn.Module, dict[str, Any]]]
@@ -90,7 +90,7 @@ def by(method: str, ratio: float, recovered: bool = False, **options: Any) -> Ma
         result = compress(copy.deepcopy(job.model), method, ratio=ratio, data=job.data, progress=False, **settings)
         notes = {"method": method, "ratio": ratio, "removed": result.ratio, "allocation": result.settings["allocation"]}
         if recovered:
-            text = job.recovery or job.data
+            text = job.recovery() if job.recovery else job.data
             done = recover(result.model, text, job.size.recovery, max_seconds=RECOVERY_SECONDS, progress=False)
             notes |= {"recovery steps": done.steps, "recovery seconds": done.seconds}
         return result.model, notes
@@ -157,30 +157,41 @@ def bytes_of(model: nn.Module) -> int:
     return int(total)
 
 
-def contenders() -> dict[str, Make]:
+def at(ratio: float) -> dict[str, Make]:
+    """Every row of one ratio."""
     names = [row.name for row in catalog.select(family="compression") if row.target and row.name not in ELSEWHERE]
+    found = {name: by(name, ratio) for name in names}
+    found["svd-llm plain"] = by("svd-llm", ratio, form="plain")
+    found["pifa threshold"] = by("pifa", ratio, allocation="threshold")
+    found["pifa fisher"] = by("pifa", ratio, allocation="fisher")
+    found["svd-llm fisher"] = by("svd-llm", ratio, allocation="fisher")
+    found["pifa block-influence"] = by("pifa", ratio, allocation="block-influence")
+    found["magnitude pruning"] = pruned(ratio)
+    found["auto"] = chosen(ratio)
+    found["pifa fisher recovered"] = by("pifa", ratio, recovered=True, allocation="fisher")
+    found["modegpt recovered"] = by("modegpt", ratio, recovered=True)
+    return {f"{name} {ratio}": make for name, make in found.items()}
+
+
+def contenders() -> dict[str, Make]:
     found: dict[str, Make] = {"dense": dense, "int8": quantized(8), "int4": quantized(4)}
     for ratio in RATIOS:
-        found |= {f"{name} {ratio}": by(name, ratio) for name in names}
-        found[f"svd-llm plain {ratio}"] = by("svd-llm", ratio, form="plain")
-        found[f"pifa threshold {ratio}"] = by("pifa", ratio, allocation="threshold")
-        found[f"pifa fisher {ratio}"] = by("pifa", ratio, allocation="fisher")
-        found[f"svd-llm fisher {ratio}"] = by("svd-llm", ratio, allocation="fisher")
-        found[f"pifa block-influence {ratio}"] = by("pifa", ratio, allocation="block-influence")
-        found[f"magnitude pruning {ratio}"] = pruned(ratio)
-        found[f"auto {ratio}"] = chosen(ratio)
-        found[f"pifa fisher recovered {ratio}"] = by("pifa", ratio, recovered=True, allocation="fisher")
-        found[f"modegpt recovered {ratio}"] = by("modegpt", ratio, recovered=True)
+        found |= at(ratio)
     return found
 
 
 def best_five(found: dict[str, Any]) -> dict[str, Make]:
-    """The five methods of lowest perplexity at 0.2, at two ratios more."""
-    at = [
-        row for row in found.values() if row.get("method") and row.get("ratio") == 0.2 and "recovery steps" not in row
+    """The five methods of lowest perplexity at 0.2, each with its best sharing of the budget, at two ratios more."""
+    judged = [
+        (row["perplexity"], row["method"], name.removesuffix(" 0.2"))
+        for name, row in found.items()
+        if row.get("method") and row.get("ratio") == 0.2 and "recovery steps" not in row
     ]
-    names = list(dict.fromkeys(row["method"] for row in sorted(at, key=lambda row: row["perplexity"])))[:5]
-    return {f"{name} {ratio}": by(name, ratio) for ratio in MORE_RATIOS for name in names}
+    best: dict[str, str] = {}
+    for _, method, name in sorted(judged):
+        best.setdefault(method, name)
+    names = list(best.values())[:5]
+    return {f"{name} {ratio}": at(ratio)[f"{name} {ratio}"] for ratio in MORE_RATIOS for name in names}
 
 
 def run(job: Job, name: str, make: Make) -> dict[str, Any]:
