@@ -114,6 +114,21 @@ def test_the_cut_model_is_the_masked_one(family):
         torch.testing.assert_close(tiny_models.logits(model), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
 
 
+def test_the_error_is_the_share_of_the_weight_that_was_cut():
+    model = tiny_models.FAMILIES["llama"]()
+    part = next(p for p in parts(model, linears(model).linears)[0] if not isinstance(p, AttentionPart))
+    weights = {ref.name: ref.weight.detach().clone() for ref in part.linears}
+    group = Group(part, part.width, 3)
+    group.mask[[0, 2, 5]] = 0
+    records = cut_out(model, [group])
+    for ref in part.linears:
+        kept = weights[ref.name].clone()
+        (kept.T if ref is part.output else kept)[[0, 2, 5]] = 0
+        error = float((weights[ref.name] - kept).norm() / weights[ref.name].norm())
+        assert records[ref.name].error == pytest.approx(error, rel=1e-5)
+        assert 0 < error < 1
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 def test_a_pruned_model_is_saved_loaded_and_generates(family, tmp_path):
     model, result = pruned(family)

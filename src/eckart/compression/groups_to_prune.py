@@ -128,7 +128,8 @@ def cut_out(model: nn.Module, groups: Sequence[Group]) -> dict[str, LayerResult]
             kept = group.kept(ref)
             new = columns_of(ref, kept) if ref is part.output else rows_of_linear(ref, kept)
             shape = (new.out_features, new.in_features)
-            records[ref.name] = LayerResult(ref.name, ref.shape, min(shape), "pruned", math.prod(shape), 0.0)
+            error = _share_cut(ref.weight.detach(), kept, dim=1 if ref is part.output else 0)
+            records[ref.name] = LayerResult(ref.name, ref.shape, min(shape), "pruned", math.prod(shape), error)
             replace(model, ref.name, new, resize=True)
         if isinstance(part, AttentionPart):
             before = {"num_key_value_heads": part.kv_heads}
@@ -141,3 +142,10 @@ def cut_out(model: nn.Module, groups: Sequence[Group]) -> dict[str, LayerResult]
             if counts:
                 set_geometry(part.module, Geometry(counts))
     return records
+
+
+def _share_cut(weight: Tensor, kept: Tensor, dim: int) -> float:
+    """||what is cut out of W||_F / ||W||_F."""
+    squares = weight.double().square().sum(dim=1 - dim)
+    total, cut = squares.sum(), squares.index_fill(0, kept, 0).sum()
+    return float((cut / total).sqrt()) if total > 0 else 0.0
