@@ -80,8 +80,8 @@ def load(size: Size, model: Any = None, tokenizer: Any = None, examples: list[An
 Make = Callable[[Job], tuple[nn.Module, dict[str, Any]]]
 
 
-def by(method: str, ratio: float, recovered: bool = False, **options: Any) -> Make:
-    """A method at a ratio, with or without recovery after it."""
+def by(method: str, ratio: float, recovered: bool = False, from_original: bool = False, **options: Any) -> Make:
+    """A method at a ratio, with or without recovery after it, from the text or from what the dense model predicts."""
 
     def make(job: Job) -> tuple[nn.Module, dict[str, Any]]:
         settings = dict(options)
@@ -91,7 +91,14 @@ def by(method: str, ratio: float, recovered: bool = False, **options: Any) -> Ma
         notes = {"method": method, "ratio": ratio, "removed": result.ratio, "allocation": result.settings["allocation"]}
         if recovered:
             text = job.recovery() if job.recovery else job.data
-            done = recover(result.model, text, job.size.recovery, max_seconds=RECOVERY_SECONDS, progress=False)
+            done = recover(
+                result.model,
+                text,
+                job.size.recovery,
+                teacher=job.model if from_original else None,
+                max_seconds=RECOVERY_SECONDS,
+                progress=False,
+            )
             notes |= {"recovery steps": done.steps, "recovery seconds": done.seconds}
         return result.model, notes
 
@@ -169,6 +176,9 @@ def at(ratio: float) -> dict[str, Make]:
     found["magnitude pruning"] = pruned(ratio)
     found["auto"] = chosen(ratio)
     found["pifa fisher recovered"] = by("pifa", ratio, recovered=True, allocation="fisher")
+    found["pifa fisher recovered from original"] = by(
+        "pifa", ratio, recovered=True, from_original=True, allocation="fisher"
+    )
     found["modegpt recovered"] = by("modegpt", ratio, recovered=True)
     return {f"{name} {ratio}": make for name, make in found.items()}
 

@@ -29,7 +29,16 @@ def job(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "int8", "modegpt 0.2", "svd-llm plain 0.4", "pifa fisher recovered 0.2", "magnitude pruning 0.4"]
+    "name",
+    [
+        "dense",
+        "int8",
+        "modegpt 0.2",
+        "svd-llm plain 0.4",
+        "modegpt recovered 0.4",
+        "pifa fisher recovered from original 0.2",
+        "magnitude pruning 0.4",
+    ],
 )
 def test_a_row(job, name):
     module, work = job

@@ -192,6 +192,22 @@ def test_recovery_trains_what_was_compressed(tiny, tmp_path, run_json, train):
     assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
 
 
+@pytest.mark.parametrize("train", ["factors", "lora"])
+def test_recovery_from_the_original_learns_its_predictions(tiny, tmp_path, run_json, train):
+    """The losses of every step are those of the same by hand, with the model as it was for a teacher."""
+    options = ("--ratio", 0.3, "--method", "svd", "--no-eval", "--recover", 4, "--recover-with", train)
+    found = run_json("compress", tiny, *QUICK, *options, "--recover-from", "original", "--out", tmp_path / "small")
+    (model, tokenizer), (teacher, _) = load(tiny), load(tiny)
+    data = text_batches(tokenizer, samples=4, length=32)
+    eckart.compress(model, "svd", ratio=0.3, progress=False)
+    if train == "lora":
+        model = eckart.adapt(model, "lora", 16, progress=False, task_type="CAUSAL_LM")
+    what = "factors" if train == "factors" else "adapter"
+    done = recover(model, data, 4, train=what, teacher=teacher, progress=False)
+    assert found["recovered"]["history"] == pytest.approx(done.history, rel=1e-5)
+    assert found["recovered"]["loss_after"] == pytest.approx(done.loss_after, rel=1e-5)
+
+
 @pytest.mark.parametrize(("method", "compressor"), [("lora", "svd"), ("pissa", "modegpt"), ("corda", "svd-llm")])
 def test_recovery_by_an_adapter_saves_it_beside_the_model(tiny, tmp_path, run_json, method, compressor):
     options = ("compress", tiny, *QUICK, "--ratio", 0.3, "--method", compressor, "--recover-rate", 1e-2)
@@ -419,6 +435,7 @@ def test_a_bad_option(tiny, tmp_path, refused, options, message):
             ("--recover", 2, "--recover-with", "luck"),
             "--recover-with must be factors, sequential or the name of an adapter: unknown method 'luck'",
         ),
+        (("--recover", 2, "--recover-from", "luck"), "--recover-from must be one of text, original"),
         (("--recover", 2, "--recover-with", "svd"), "'svd' belongs to compression, not to adapters"),
         (("--recover", 2, "--recover-with", "bilora"), "bilora orders its training data; compress first"),
         (("--recover", 2, "--recover-rank", 4), "--recover-rank is that of an adapter; name one with --recover-with"),

@@ -100,6 +100,41 @@ def test_an_adapter_takes_the_steps_that_a_plain_loop_takes(data):
         optimizer.zero_grad()
 
 
+def predictions(model, ids):
+    with torch.no_grad():
+        return model(ids).logits[:, :-1].double().log_softmax(dim=-1)
+
+
+def test_a_teachers_predictions_are_learnt_and_it_stays_as_it_is(data):
+    """The first loss is KL(teacher || student) written out, over the tokens that count; and it falls."""
+    teacher, model = tiny_models.FAMILIES["llama"]().train(), compressed(data)
+    kept = copy.deepcopy(teacher.state_dict())
+    drawn = torch.randint(len(data[0]), (4,), generator=torch.Generator().manual_seed(0))
+    labels = data[0].clone()
+    labels[:, :8] = -100
+    theirs, ours = (predictions(m.eval(), data[0][drawn])[:, 7:] for m in (copy.deepcopy(teacher), model))
+    apart = (theirs.exp() * (theirs - ours)).sum(dim=-1).mean()
+    batch = {"input_ids": data[0], "labels": labels}
+    done = recover(model, [batch], 60, teacher=teacher, learning_rate=1e-2, held_out=[batch], progress=False)
+    assert done.history[0] == pytest.approx(float(apart), rel=3e-2)  # in bfloat16
+    assert done.history[-1] < 0.7 * done.history[0]
+    assert all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
+    assert teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(data):
+    """No step moves the adapter of a model whose teacher is a copy of it; and the model itself is refused."""
+    model = adapted(data)
+    before = copy.deepcopy(model.state_dict())
+    done = recover(model, data, 3, train="adapter", teacher=copy.deepcopy(model), progress=False)
+    assert max(done.history) < 1e-6
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="teacher is the compressed model itself"):
+        recover(model, data, 3, train="adapter", teacher=model, progress=False)
+
+
 def test_gradients_are_asked_for_as_before_even_after_a_failure(data):
     model = compressed(data)
     first = next(iter(model.parameters()))

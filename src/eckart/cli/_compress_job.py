@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ class Recovery:
         steps: updates.
         train: what is trained.
         rate: peak learning rate.
+        from_original: whether the original model's predictions are learnt, in place of the text.
         adapter: the method of the adapter that is trained; empty for none.
         rank: of the adapter.
     """
@@ -35,11 +36,12 @@ class Recovery:
     steps: int
     train: Train
     rate: float
+    from_original: bool = False
     adapter: str = ""
     rank: int = 16
 
     @classmethod
-    def of(cls, steps: int, what: str, rate: float, rank: int | None) -> Recovery:
+    def of(cls, steps: int, what: str, rate: float, rank: int | None, *, from_original: bool = False) -> Recovery:
         """From the words of a command line.
 
         Raises:
@@ -48,7 +50,7 @@ class Recovery:
         if what in ("factors", "sequential"):
             if rank is not None:
                 raise ValueError("--recover-rank is that of an adapter; name one with --recover-with, such as lora")
-            return cls(steps, cast("Train", what), rate)
+            return cls(steps, cast("Train", what), rate, from_original)
         from eckart.adapters import AdapterMethod, EckartConfig
         from eckart.catalog import UnknownMethodError
 
@@ -58,9 +60,11 @@ class Recovery:
             raise ValueError(f"--recover-with must be factors, sequential or the name of an adapter: {error}") from None
         if type(config.build_method()).training_order is not AdapterMethod.training_order:
             raise ValueError(f"{config.method} orders its training data; compress first, then eckart adapt")
-        return cls(steps, "adapter", rate, config.method, config.r)
+        return cls(steps, "adapter", rate, from_original, config.method, config.r)
 
-    def run(self, model: Any, data: Any, where: Any, *, progress: bool) -> tuple[Any, Recovered]:
+    def run(
+        self, model: Any, data: Any, where: Any, original: Callable[[], Any], *, progress: bool
+    ) -> tuple[Any, Recovered]:
         """Train it on the calibration text; the model, and the adapter on it if one is trained."""
         from eckart.adapters import EckartConfig, adapt
         from eckart.compression.recover import recover
@@ -69,7 +73,10 @@ class Recovery:
             needs = EckartConfig(method=self.adapter).build_method().needs
             given = {"data": data if needs else None, "where": where, "progress": progress}
             model = adapt(model, self.adapter, self.rank, task_type="CAUSAL_LM", **given)
-        done = recover(model, data, self.steps, train=self.train, learning_rate=self.rate, progress=progress)
+        teacher = original() if self.from_original else None
+        done = recover(
+            model, data, self.steps, train=self.train, teacher=teacher, learning_rate=self.rate, progress=progress
+        )
         return model, done
 
 
@@ -126,7 +133,8 @@ class Job:
             result = compress(model, method, data=data, **settings)
             model = result.model
             if self.recovery:
-                model, recovered = self.recovery.run(model, data, settings["where"], progress=progress)
+                original = lambda: load_model(self.source, dtype, device, progress=progress)[0]  # noqa: E731
+                model, recovered = self.recovery.run(model, data, settings["where"], original, progress=progress)
         after = measure(model, held_out, progress=progress) if held_out else None
         beside = None
         with waiting("saving", enabled=progress):

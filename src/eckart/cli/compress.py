@@ -83,6 +83,13 @@ def command(
     recover_rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of the adapter that recovery trains.  [default: 16]")
     ] = None,
+    recover_from: Annotated[
+        str,
+        typer.Option(
+            help="What recovery learns to predict: text, the calibration text itself, or original, what the model said "
+            "of it before, which keeps more of what the text does not speak of and holds both models in memory."
+        ),
+    ] = "text",
     recover_rate: Annotated[float, typer.Option(help="Peak learning rate of recovery.")] = 2e-4,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read, compress and write block by block; for models larger than memory.")
@@ -121,7 +128,8 @@ def command(
     chosen = None if automatic else chosen_method(method, option or [])
     if stream and (automatic or recover):
         raise ValueError("--stream holds a few blocks at a time; auto and --recover need the whole model")
-    recovery = Recovery.of(recover, recover_with, recover_rate, recover_rank)
+    one_of("--recover-from", recover_from, ("text", "original"))
+    recovery = Recovery.of(recover, recover_with, recover_rate, recover_rank, from_original=recover_from == "original")
     if stream and (dtype != "auto" or device != "cpu"):
         raise ValueError("--stream works on the CPU in the checkpoint's own type; leave out --dtype and --device")
     one_of("--engine", engine, get_args(EngineName))

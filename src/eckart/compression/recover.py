@@ -4,8 +4,10 @@
     "sequential"   SVD-LLM's low-rank update: of W = up down first up, with down as it is, then down with the new up
     "adapter"      the adapters of PEFT that are on the model; its own weights stay as they are
 
-The loss is the model's own on the calibration text. X. Wang et al., SVD-LLM, ICLR 2025, arXiv 2403.07378, who also
-train a LoRA; A. Jaiswal et al., WeLore, ICML 2025, arXiv 2407.11239, who train the factored layers only.
+The loss is the model's own on the calibration text, or the divergence of its predictions there from a teacher's, which
+is the model before it was compressed. X. Wang et al., SVD-LLM, ICLR 2025, arXiv 2403.07378, who also train a LoRA; A.
+Jaiswal et al., WeLore, ICML 2025, arXiv 2407.11239, who train the factored layers only; G. Hinton, O. Vinyals, J. Dean,
+Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapted import is_adapted
-from ..models.batches import as_batches, single_examples, with_labels
+from ..models.batches import as_batches
 from ..models.evaluate import perplexity
 from ..models.groups import evaluating
 from ..models.progress import track
 from ..models.structured import norm_parameters, only_gradients_for, structured_parameters
 from ..structures import EckartWarning, LowRank
+from .recover_loss import backward, by_length, sequences_of
 
 __all__ = ["Recovered", "Train", "recover"]
 
@@ -43,7 +46,7 @@ class Recovered:
         loss_after: the same afterwards.
         seconds: of training.
         trained: how many numbers were trained.
-        history: training loss of every step.
+        history: training loss of every step, or divergence from the teacher, in nats a token.
     """
 
     steps: int
@@ -60,6 +63,7 @@ def recover(
     steps: int = 100,
     *,
     train: Train = "factors",
+    teacher: nn.Module | None = None,
     learning_rate: float = 2e-4,
     batch_size: int = 4,
     held_out: Iterable[Any] | None = None,
@@ -80,6 +84,8 @@ def recover(
         steps: updates.
         train: what is trained; "sequential" halves the steps between the two factors and needs low-rank layers,
             "adapter" needs an adapter that can be trained.
+        teacher: the model before it was compressed, on the same device. Its predictions are learnt then, not the text:
+            what the text does not speak of is kept better, and the text itself is learnt less.
         learning_rate: peak, 2e-4.
         batch_size: sequences an update.
         held_out: batches to measure the loss on; default an eighth of ``data``, which is then not trained on.
@@ -109,11 +115,13 @@ def recover(
         raise ValueError(f"train must be one of {', '.join(get_args(Train))}, not {train!r}")
     if steps < 1 or batch_size < 1 or not learning_rate > 0:
         raise ValueError("steps and batch_size must be at least 1, and learning_rate positive")
+    if teacher is model:
+        raise ValueError("teacher is the compressed model itself; load or copy the model before compressing it")
     phases = _phases(model, train, steps)
-    sequences = _sequences(as_batches(data))
+    sequences = sequences_of(as_batches(data))
     if held_out is None:
         cut = len(sequences) - max(1, len(sequences) // 8)
-        sequences, judged = sequences[:cut], _batches(sequences[cut:], batch_size)
+        sequences, judged = sequences[:cut], by_length(sequences[cut:], batch_size)
     else:
         judged = as_batches(held_out)
     if not sequences:
@@ -129,7 +137,7 @@ def recover(
             only_gradients_for(model, parameters)
             trained += sum(p.numel() for p in parameters)
             limit = None if max_seconds is None else max_seconds / len(phases)
-            run = _Run(count, learning_rate, batch_size, limit, progress, adapters=train == "adapter")
+            run = _Run(count, learning_rate, batch_size, limit, progress, teacher, adapters=train == "adapter")
             history += _train(model, parameters, sequences, run, generator)
     finally:
         for name, parameter in model.named_parameters():
@@ -174,7 +182,8 @@ class _Run:
     batch_size: int
     max_seconds: float | None
     progress: bool
-    adapters: bool = False
+    teacher: nn.Module | None
+    adapters: bool
 
 
 def _train(
@@ -189,7 +198,7 @@ def _train(
     told = getattr(getattr(model, "base_model", None), "on_step", None)  # adapters with a schedule count steps
     history: list[float] = []
     start = time.perf_counter()
-    with evaluating(model), torch.enable_grad():
+    with evaluating(run.teacher or model), evaluating(model), torch.enable_grad():
         if run.adapters:
             model.train()  # their penalties and draws are for training
         for step in track(range(steps), "recover", enabled=run.progress):
@@ -201,8 +210,9 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(done, steps)
             chosen = torch.randint(len(sequences), (run.batch_size,), generator=generator).tolist()
-            batches = _batches([sequences[i] for i in chosen], run.batch_size)
-            loss = _loss(model, batches, device, half=not run.adapters)  # which not all adapters can do with
+            batches = by_length([sequences[i] for i in chosen], run.batch_size)
+            half = not run.adapters  # which not all of them can do with
+            loss = backward(model, run.teacher, batches, device, half=half)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {step} is not finite; lower learning_rate from {learning_rate}")
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -214,39 +224,7 @@ def _train(
     return history
 
 
-def _loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], device: torch.device, *, half: bool) -> float:
-    """Backward through a batch whose sequences may have different lengths; its mean loss a token."""
-    counts = [int(batch["labels"][:, 1:].ne(-100).sum()) for batch in batches]
-    total = 0.0
-    for batch, count in zip(batches, counts, strict=True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss * (count / sum(counts))
-        loss.backward()
-        total += float(loss.detach())
-    return total
-
-
 def _schedule(done: float, steps: int) -> float:
     """Share of the peak rate: up over the first tenth, of the steps or of the time, whichever is further on."""
     rising = 10 * (done + 1 / steps)
     return rising if rising <= 1 else 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def _sequences(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Each sequence by itself, with labels where it has a token to learn."""
-    if any("input_ids" not in batch for batch in batches):
-        raise ValueError("recovery is for language models: batches need input_ids")
-    rows = [with_labels(row) for row in single_examples(batches)]
-    kept = ("input_ids", "attention_mask", "labels")
-    # Without a mask all tokens count; with one everywhere, sequences of one length fit together.
-    found = [{key: row.get(key, torch.ones_like(row["input_ids"])) for key in kept} for row in rows]
-    return [one for one in found if bool(one["labels"][:, 1:].ne(-100).any())]
-
-
-def _batches(sequences: Sequence[Mapping[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
-    """Sequences of one length side by side."""
-    by_length: dict[int, list[Mapping[str, Tensor]]] = {}
-    for one in sequences:
-        by_length.setdefault(one["input_ids"].shape[1], []).append(one)
-    groups = [alike[i : i + size] for alike in by_length.values() for i in range(0, len(alike), size)]
-    return [{key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups]

@@ -13,7 +13,28 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from .groups import evaluating
 from .progress import track
 
-__all__ = ["distill", "distillation_loss"]
+__all__ = ["distill", "distillation_loss", "divergence"]
+
+
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """How far predictions are from the teacher's softened ones, T^2 KL(softmax(z_T / T) || softmax(z_S / T)).
+
+    Args:
+        student: z_S (tokens, vocabulary).
+        teacher: z_T of the same shape.
+        temperature: T.
+
+    Returns:
+        The sum over the tokens, in float32 or wider.
+
+    Example:
+        >>> z = torch.tensor([[0.0, 1.0]])
+        >>> float(divergence(z, z + 3))  # softmax does not see a shift
+        0.0
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    ours, theirs = (log_softmax(z.to(wide) / temperature, dim=-1) for z in (student, teacher))
+    return temperature**2 * kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
 def distillation_loss(
@@ -45,12 +66,11 @@ def distillation_loss(
         G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
-    ours, theirs = (log_softmax(z[mask].to(wide) / temperature, dim=-1) for z in (student, teacher))
-    divergence = kl_div(ours, theirs, reduction="sum", log_target=True) / max(len(ours), 1)
+    apart = divergence(student[mask], teacher[mask], temperature=temperature) / max(int(mask.sum()), 1)
     known = mask[:, :-1] & mask[:, 1:]
     predicted = int(known.sum())
     task = cross_entropy(student[:, :-1][known].to(wide), ids[:, 1:][known], reduction="sum") / max(predicted, 1)
-    return task_weight * task + (1 - task_weight) * temperature**2 * divergence
+    return task_weight * task + (1 - task_weight) * apart
 
 
 def distill(
