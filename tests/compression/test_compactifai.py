@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_models
 from eckart.compression import compress
@@ -225,6 +226,42 @@ def test_forward_never_holds_the_matrix():
     with Sizes() as seen, torch.no_grad():
         structure(normal(3, 1024))
     assert seen.largest <= 3 * 32 * 32 * 2 < 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "ranks"),
+    [
+        ((12,), (6,), ()),
+        ((6, 4), (6, 6), (20,)),
+        ((2, 3, 4), (4, 3, 3), (8, 9)),
+        ((2, 3, 2, 2), (3, 2, 2, 3), (6, 9, 5)),
+    ],
+    ids=str,
+)
+def test_slabs_of_rows_give_what_the_sites_give(outputs, inputs, ranks):
+    """For many tokens, where the rows are made in parts: the product with the matrix by hand, and its gradients."""
+    chain = MatrixProductOperator.from_weight(normal(math.prod(outputs), math.prod(inputs)), outputs, inputs, ranks)
+    x = normal(500, chain.in_features, seed=1)
+    by_slabs, by_sites = chain._by_slabs(x), chain._by_sites(x)
+    torch.testing.assert_close(by_slabs, by_sites, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(by_slabs.detach().numpy(), x.numpy() @ by_hand(list(chain.cores)).T, atol=1e-11)
+    target = normal(500, chain.out_features, seed=2)
+    one, other = (torch.autograd.grad((y * target).sum(), list(chain.cores)) for y in (by_slabs, by_sites))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_prompt_takes_slabs_and_a_token_the_sites():
+    chain = MatrixProductOperator(1024, 1024, (32, 32), (32, 32), (256,), dtype=torch.float64)
+    for core in chain.cores:
+        torch.nn.init.normal_(core, generator=torch.Generator().manual_seed(0))
+    dense = 2 * 1024 * 1024
+    assert chain.flops(1) < 20 * dense < chain.flops(100) < 4 * 100 * dense
+    for tokens in (1, 100):
+        with FlopCounterMode(display=False) as counter, Sizes() as seen, torch.no_grad():
+            chain(normal(tokens, 1024))
+        assert counter.get_total_flops() == chain.flops(tokens)
+        assert seen.largest <= 32 * 32 * 256 < 1024 * 1024  # a core, an intermediate, or a slab
 
 
 def test_many_tokens_are_worked_on_in_turn(monkeypatch):

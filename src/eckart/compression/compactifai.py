@@ -14,8 +14,8 @@ last core, so that training the cores ("healing": `eckart compress --recover`) i
 
 What to expect: weights alone are looked at, never data, and which rows share a site is an accident of their order. With
 half of the numbers of SmolLM2-135M's matrices that loses to plain SVD in error (0.61 against 0.59 for an MLP's, 0.56
-against 0.42 for a query's) and takes 14 and 12 times the operations of the dense product. It is here because it is
-published, and to be measured.
+against 0.42 for a query's) and takes 14 and 12 times the operations of the dense product for a token, and a little more
+than that product for a prompt. It is here because it is published, and to be measured.
 """
 
 from __future__ import annotations

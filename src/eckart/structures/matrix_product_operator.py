@@ -1,10 +1,12 @@
-"""W as a chain of small cores, one for each factor of its sizes, applied site by site.
+"""W as a chain of small cores, one for each factor of its sizes.
 
     W[(o_1 ... o_N), (i_1 ... i_N)] = G_1[:, o_1, i_1, :] ... G_N[:, o_N, i_N, :]      G_k (r_{k-1}, o_k, i_k, r_k)
 
 with r_0 = r_N = 1. Two sites are a sum of r_1 Kronecker products, the sites (m, 1), (1, n) ordinary low rank, one site
-is W itself. Few numbers do not mean few operations: ``flops`` says what ``forward`` costs, which at bonds of useful
-size is many times the dense product.
+is W itself. Few numbers do not mean few operations: site by site, a token costs many times the dense product at bonds
+of useful size. To contract the cores costs r_1 m n once for all tokens, so that for a prompt rows of W are made, an
+eighth at a time, and thrown away: that is the dense product and a little. ``forward`` takes the cheaper way, and
+``flops`` says what it costs.
 
 Reference: Oseledets, "Approximation of 2^d x 2^d matrices using tensor decomposition", SIMAX 31 (2010); Novikov et al.,
 "Tensorizing Neural Networks", NeurIPS 2015, arXiv:1509.06569.
@@ -28,8 +30,10 @@ from .weight import WeightView
 
 __all__ = ["MatrixProductOperator"]
 
-# Numbers in the largest intermediate of `forward`; tokens beyond that are worked on in turn.
+# Numbers in the largest intermediate of the way site by site; tokens beyond that are worked on in turn.
 _INTERMEDIATE = 1 << 24
+# Parts of the rows of W that are made one after the other.
+_SLABS = 8
 
 
 class MatrixProductOperator(Structure):
@@ -158,17 +162,37 @@ class MatrixProductOperator(Structure):
         return cls.from_cores(chain.cores, bias=bias, dtype=dtype or weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b for x (..., in): one product a site, from the end where that takes fewer operations."""
+        """y = x W^T + b for x (..., in), site by site or through slabs of W, whichever takes fewer operations."""
         flat = x.reshape(-1, self.in_features)
+        y = self._by_slabs(flat) if self._prefers_slabs(len(flat)) else self._by_sites(flat)
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _by_slabs(self, x: Tensor) -> Tensor:
+        """x (tokens, n) times the rows of some of the o_1 after those of others; the later sites are one by then."""
+        first, *others = self.cores
+        _, out, own, bond = first.shape
+        rest = first.new_ones(1, 1, 1)  # of the sites after the first, (bond, outputs, inputs)
+        for core in reversed(others):
+            left, o, i, right = core.shape
+            grown = core.reshape(-1, right) @ rest.flatten(1)
+            rest = grown.reshape(left, o, i, *rest.shape[1:]).transpose(2, 3).reshape(left, o * rest.shape[1], -1)
+        outputs, inputs = rest.shape[1:]
+        parts = []
+        for some in first[0].split(-(-out // _SLABS)):
+            slab = (some.reshape(-1, bond) @ rest.flatten(1)).reshape(len(some), own, outputs, inputs)
+            parts.append(x @ slab.transpose(1, 2).reshape(-1, self.in_features).mT)
+        return torch.cat(parts, dim=1)
+
+    def _by_sites(self, x: Tensor) -> Tensor:
+        """x (tokens, n) through one core after the other, from the end where that is cheaper; so many tokens a time."""
         cores, backwards = list(self.cores), self._backwards()
         if backwards:
             cores = [core.permute(3, 1, 2, 0) for core in reversed(cores)]
         matrices = [core.permute(0, 2, 1, 3).flatten(2).flatten(0, 1) for core in cores]  # (r i, o r')
         chunk = max(1, _INTERMEDIATE // self._intermediate())
-        parts = [self._contract(part, cores, matrices, backwards) for part in flat.split(chunk)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        parts = [self._contract(part, cores, matrices, backwards) for part in x.split(chunk)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _contract(self, x: Tensor, cores: Sequence[Tensor], matrices: Sequence[Tensor], backwards: bool) -> Tensor:
         """Turns the inputs of one site after the other into its outputs; x (tokens, n) -> (tokens, m)."""
@@ -198,6 +222,21 @@ class MatrixProductOperator(Structure):
             costs.append((numbers * own * ranks[k], numbers))
         return costs
 
+    def _slab_costs(self) -> int:
+        """Multiply-adds that make all rows of W, a slab at a time."""
+        cost, outputs, inputs = 0, 1, 1
+        for core in reversed(self.cores):
+            outputs, inputs = outputs * core.shape[1], inputs * core.shape[2]
+            cost += core.shape[0] * core.shape[3] * outputs * inputs
+        return cost
+
+    def _site_costs(self) -> int:
+        """Multiply-adds for one token, site by site."""
+        return sum(cost for cost, _ in self._costs(self._backwards()))
+
+    def _prefers_slabs(self, tokens: int) -> bool:
+        return self._slab_costs() + tokens * self.out_features * self.in_features < tokens * self._site_costs()
+
     def _backwards(self) -> bool:
         forwards, backwards = (sum(cost for cost, _ in self._costs(way)) for way in (False, True))
         return backwards < forwards
@@ -216,8 +255,14 @@ class MatrixProductOperator(Structure):
         return WeightView(self)
 
     def flops(self, tokens: int) -> int:
-        """2 tokens times the sum over sites of o_1 ... o_k i_k ... i_N r_{k-1} r_k, or from the other end."""
-        return 2 * tokens * sum(cost for cost, _ in self._costs(self._backwards()))
+        """Twice the multiply-adds of the cheaper way.
+
+        site by site, from either end: tokens times the sum over sites of o_1 ... o_k i_k ... i_N r_{k-1} r_k
+        by slabs: tokens m n and the sum over sites of o_k ... o_N i_k ... i_N r_{k-1} r_k
+        """
+        if self._prefers_slabs(tokens):
+            return 2 * (self._slab_costs() + tokens * self.out_features * self.in_features)
+        return 2 * tokens * self._site_costs()
 
     def _options(self) -> dict[str, Any]:
         return {
