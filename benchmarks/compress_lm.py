@@ -28,6 +28,7 @@ from torch import nn
 from eckart import catalog
 from eckart.compression import choose, compress, recover
 from eckart.models import linears, perplexity
+from eckart.models.batches import as_batches, single_examples
 from eckart.models.evaluate import peak_memory
 from eckart.models.timing import time_per_token
 from eckart.models.training import answer_loss
@@ -84,10 +85,10 @@ def by(method: str, ratio: float, recovered: bool = False, from_original: bool =
     """A method at a ratio, with or without recovery after it, from the text or from what the dense model predicts."""
 
     def make(job: Job) -> tuple[nn.Module, dict[str, Any]]:
-        settings = dict(options)
-        if method == "loraprune":
-            settings["steps"] = job.size.prune_steps
-        result = compress(copy.deepcopy(job.model), method, ratio=ratio, data=job.data, progress=False, **settings)
+        settings, data = dict(options), job.data
+        if method == "loraprune":  # one window a step: it trains
+            settings["steps"], data = job.size.prune_steps, list(single_examples(as_batches(job.data)))
+        result = compress(copy.deepcopy(job.model), method, ratio=ratio, data=data, progress=False, **settings)
         notes = {"method": method, "ratio": ratio, "removed": result.ratio, "allocation": result.settings["allocation"]}
         if recovered:
             text = job.recovery() if job.recovery else job.data
