@@ -91,11 +91,12 @@ def by(method: str, ratio: float, recovered: bool = False, from_original: bool =
         result = compress(copy.deepcopy(job.model), method, ratio=ratio, data=data, progress=False, **settings)
         notes = {"method": method, "ratio": ratio, "removed": result.ratio, "allocation": result.settings["allocation"]}
         if recovered:
-            text = job.recovery() if job.recovery else job.data
+            *text, held_out = job.recovery() if job.recovery else [*job.data, *job.data]
             done = recover(
                 result.model,
                 text,
                 job.size.recovery,
+                held_out=[held_out],
                 teacher=job.model if from_original else None,
                 max_seconds=RECOVERY_SECONDS,
                 progress=False,

@@ -29,7 +29,7 @@ from ..models.groups import evaluating
 from ..models.progress import track
 from ..models.structured import norm_parameters, only_gradients_for, structured_parameters
 from ..structures import EckartWarning, LowRank
-from .recover_loss import backward, by_length, sequences_of
+from .recover_loss import backward, by_length, multiplies_bfloat16, sequences_of
 
 __all__ = ["Recovered", "Train", "recover"]
 
@@ -73,9 +73,9 @@ def recover(
 ) -> Recovered:
     """Fine-tune a compressed model's structures, or the adapter on it, on calibration text, in place.
 
-    AdamW without decay, a tenth of the steps to warm up, then a cosine to a tenth of the rate; forward and backward in
-    bfloat16 beside float32 weights, for adapters in the types that are there. The state of the best held-out loss is
-    not kept apart: what is there at the end is.
+    AdamW without decay, a tenth of the steps to warm up, then a cosine to a tenth of the rate. Forward and backward are
+    in bfloat16 beside float32 weights where the device multiplies such numbers, for adapters in the types that are
+    there. The state of the best held-out loss is not kept apart: what is there at the end is.
 
     Args:
         model: a causal language model with structures, as `eckart.compress` and `eckart.load` give it; for "adapter"
@@ -196,6 +196,7 @@ def _train(
     device, steps, learning_rate = parameters[0].device, run.steps, run.learning_rate
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
     told = getattr(getattr(model, "base_model", None), "on_step", None)  # adapters with a schedule count steps
+    half = multiplies_bfloat16(device) and not run.adapters  # which not all of them can do with
     history: list[float] = []
     start = time.perf_counter()
     with evaluating(run.teacher or model), evaluating(model), torch.enable_grad():
@@ -211,7 +212,6 @@ def _train(
                 group["lr"] = learning_rate * _schedule(done, steps)
             chosen = torch.randint(len(sequences), (run.batch_size,), generator=generator).tolist()
             batches = by_length([sequences[i] for i in chosen], run.batch_size)
-            half = not run.adapters  # which not all of them can do with
             loss = backward(model, run.teacher, batches, device, half=half)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {step} is not finite; lower learning_rate from {learning_rate}")

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 from ..models.batches import single_examples, with_labels
 from ..models.distill import divergence
 
-__all__ = ["backward", "by_length", "sequences_of"]
+__all__ = ["backward", "by_length", "multiplies_bfloat16", "sequences_of"]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 products of its own; where they are emulated, a step takes many times as long.
+
+    Example:
+        >>> multiplies_bfloat16(torch.device("meta"))
+        False
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def sequences_of(batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
