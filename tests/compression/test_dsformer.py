@@ -131,13 +131,15 @@ def test_options_are_checked():
     assert DSFormer(calibrated=True).gathers == {"gram"}
 
 
-def test_forward_never_builds_the_dense_matrix(monkeypatch):
+def test_forward_never_builds_the_dense_matrix_nor_for_one_token_the_zeros(monkeypatch):
     layer = DSFormer(block=4).build(normal(32, 24), Statistics(), 400)
     x = normal(5, 24, seed=1)
     expected = x @ layer.dense().T
     monkeypatch.setattr(BlockSparseDictionary, "dense", lambda self: pytest.fail("the dense matrix was built"))
-    monkeypatch.setattr(BlockSparseDictionary, "codes", lambda self: pytest.fail("the zeros were stored"))
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    monkeypatch.setattr(BlockSparseDictionary, "codes", lambda self: pytest.fail("the zeros were stored"))
+    for token in (x[0], x[:1], x[None, :1]):
+        torch.testing.assert_close(layer(token), expected[0].expand(*token.shape[:-1], 32), rtol=0, atol=1e-12)
 
 
 def test_a_structure_refuses_what_does_not_fit():

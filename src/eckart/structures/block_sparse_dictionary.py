@@ -3,8 +3,9 @@
     Wᵀ (n, m) = D (n, k) S (k, m),   block b of c outputs:  W_bᵀ = D[:, index_b] values_b,   values_b (s, c)
 
 Low rank makes every output of the same k directions; here each block of c outputs picks its own s of the k atoms, so
-s = k is low rank again. Stored are n k + s m numbers and s m / c small integers. The shared positions turn the sparse
-product into one gather of the k inner features and m / c dense products of s by c.
+s = k is low rank again. Stored are n k + s m numbers and s m / c small integers. For one token the shared positions
+turn the sparse product into one gather of the k inner features and m / c dense products of s by c. For more tokens the
+gather moves s m / c numbers for each, which takes several times as long as the product with all of S.
 
 Reference: Chand et al., "DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight Factorization",
 2023, arXiv:2312.13211, for dense times semi-structured sparse; the layout is ours.
@@ -112,15 +113,13 @@ class BlockSparseDictionary(DictionaryStructure):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x D S + b for x (..., in): the inner features, the s of each block, and a small product a block."""
-        flat = x.reshape(-1, self.in_features)
-        # Inner features as rows, so that the gather copies whole rows.
-        inner = (flat @ self.dictionary).mT
-        chosen = inner.index_select(0, self.index.reshape(-1).to(torch.int32))
-        y = torch.bmm(self.values.mT, chosen.unflatten(0, self.index.shape))
-        y = y.reshape(self.out_features, len(flat)).mT.contiguous()
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        """y = x D S + b for x (..., in): for one token by what each block uses, else by S with its zeros."""
+        if x.numel() != self.in_features:
+            return super().forward(x)
+        inner = x.reshape(-1) @ self.dictionary
+        chosen = inner[self.index.to(torch.int32)]
+        y = torch.bmm(self.values.mT, chosen[..., None]).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def codes(self) -> Tensor:
         """Sᵀ (m, k) with its zeros, differentiable; positions that occur twice in a block add up."""
@@ -129,8 +128,10 @@ class BlockSparseDictionary(DictionaryStructure):
         return codes.reshape(self.out_features, self.atoms)
 
     def flops(self, tokens: int) -> int:
-        """2 tokens (n k + s m)."""
-        return 2 * tokens * (self.in_features * self.atoms + self.sparsity * self.out_features)
+        """2 (n k + s m) for one token; else the product with S runs over its zeros too."""
+        if tokens != 1:
+            return super().flops(tokens)
+        return 2 * (self.in_features * self.atoms + self.sparsity * self.out_features)
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "block": self.block}
