@@ -87,7 +87,7 @@ def command(
         str,
         typer.Option(
             help="What recovery learns to predict: text, the calibration text itself, or original, what the model said "
-            "of it before, which keeps more of what the text does not speak of and holds both models in memory."
+            "of it before, for text unlike what the model is for; both models are in memory then."
         ),
     ] = "text",
     recover_rate: Annotated[float, typer.Option(help="Peak learning rate of recovery.")] = 2e-4,

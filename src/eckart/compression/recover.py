@@ -84,8 +84,8 @@ def recover(
         steps: updates.
         train: what is trained; "sequential" halves the steps between the two factors and needs low-rank layers,
             "adapter" needs an adapter that can be trained.
-        teacher: the model before it was compressed, on the same device. Its predictions are learnt then, not the text:
-            what the text does not speak of is kept better, and the text itself is learnt less.
+        teacher: the model before it was compressed, on the same device. Its predictions are learnt then, not the text,
+            for text that is unlike what the model is for; a step takes half as long again.
         learning_rate: peak, 2e-4.
         batch_size: sequences an update.
         held_out: batches to measure the loss on; default an eighth of ``data``, which is then not trained on.
