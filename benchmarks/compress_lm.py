@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from adapter_job import add_row, each_in_its_process, rows, write_table
 from common import RESULTS, environment
+from labels import label
 from language_model import answers, calibration, demo, evaluation
 from torch import nn
 
@@ -236,20 +237,29 @@ def draw(found: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(15, 9), constrained_layout=True)
     whole = found["dense"]["perplexity"]
-    for name, row in found.items():
-        if row["perplexity"] > 20 * whole:
-            continue
-        color = "#1060a0" if row.get("method") else "#b04000"
-        for axis, x in ((left, row["bytes"] / 1e6), (right, row["ms a token"])):
-            if x is not None:
-                axis.plot(x, row["perplexity"], "o", color=color, alpha=0.8)
-                axis.annotate(name, (x, row["perplexity"]), xytext=(4, 3), textcoords="offset points", fontsize=6)
-    for axis, label in ((left, "MB"), (right, "ms a generated token")):
-        axis.set(xlabel=label, ylabel="perplexity of WikiText-2 test", yscale="log")
+    shown = {name: row for name, row in found.items() if row["perplexity"] < 20 * whole}
+    named = []
+    for axis, title, x_of in (
+        (axes[0], "MB", lambda row: row["bytes"] / 1e6),
+        (axes[1], "ms a generated token", lambda row: row["ms a token"]),
+    ):
+        points = {name: (x_of(row), row["perplexity"]) for name, row in shown.items() if x_of(row) is not None}
+        for name, point in points.items():
+            axis.plot(*point, "o", color="#1060a0" if shown[name].get("method") else "#b04000", alpha=0.8)
+        axis.set(xlabel=title, ylabel="perplexity of WikiText-2 test", xscale="log", yscale="log")
+        axis.margins(x=0.12)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            scale.set_major_formatter("{x:g}")
         axis.axhline(whole, color="gray", linewidth=0.8)
+        named.append((axis, points))
+    figure.draw_without_rendering()  # the layout decides where labels can be
+    for axis, points in named:
+        label(axis, points)
     figure.savefig(PAGE.parent / "images" / "compress-lm.png", dpi=120)
 
 

@@ -24,7 +24,7 @@ def job(monkeypatch):
     batches = [ids[:32].reshape(2, 16)]
     model, tokenizer = tiny_checkpoints.model(), tiny_checkpoints.tokenizer()
     yield compress_lm, compress_lm.Job(compress_lm.SMOKE, model, tokenizer, batches, batches, examples)
-    for name in ("compress_lm", "adapter_job", "common", "language_model"):
+    for name in ("compress_lm", "adapter_job", "common", "labels", "language_model"):
         sys.modules.pop(name, None)
 
 
@@ -101,3 +101,21 @@ def test_speeds_of_every_form_are_taken_beside_the_dense_model(job, monkeypatch)
     assert found["plain factors 0.4"]["token / dense"] < 1
     assert all(row["bytes"] < found["dense"]["bytes"] for name, row in found.items() if name != "dense")
     sys.modules.pop("compress_speed")
+
+
+def test_names_in_the_picture_do_not_lie_on_one_another(job):
+    import labels
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(6, 5))
+    canvas, axis = FigureCanvasAgg(figure), figure.add_subplot()
+    points = {f"method {i} at 0.{i}": (0.9 if i % 2 else 0.88, 0.5 + 0.002 * i) for i in range(9)}
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    labels.label(axis, points)
+    canvas.draw()
+    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in axis.texts]  # without its line
+    assert [text.get_text() for text in axis.texts] == sorted(points, key=lambda name: points[name][1])
+    assert all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x1 < axis.bbox.x1 for box in boxes)

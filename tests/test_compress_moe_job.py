@@ -24,7 +24,7 @@ def module(monkeypatch, tmp_path):
     monkeypatch.setattr(language_model, "DATA", tmp_path)
     monkeypatch.setattr(compress_moe, "CACHE", tmp_path / "cache")
     yield compress_moe
-    for name in ("compress_moe", "compress_lm", "adapter_job", "common", "language_model"):
+    for name in ("compress_moe", "compress_lm", "adapter_job", "common", "labels", "language_model"):
         sys.modules.pop(name, None)
 
 
