@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -62,9 +62,7 @@ class Recovery:
             raise ValueError(f"{config.method} orders its training data; compress first, then eckart adapt")
         return cls(steps, "adapter", rate, from_original, config.method, config.r)
 
-    def run(
-        self, model: Any, data: Any, where: Any, original: Callable[[], Any], *, progress: bool
-    ) -> tuple[Any, Recovered]:
+    def run(self, model: Any, data: Any, where: Any, teacher: Any, *, progress: bool) -> tuple[Any, Recovered]:
         """Train it on the calibration text; the model, and the adapter on it if one is trained."""
         from eckart.adapters import EckartConfig, adapt
         from eckart.compression.recover import recover
@@ -73,7 +71,6 @@ class Recovery:
             needs = EckartConfig(method=self.adapter).build_method().needs
             given = {"data": data if needs else None, "where": where, "progress": progress}
             model = adapt(model, self.adapter, self.rank, task_type="CAUSAL_LM", **given)
-        teacher = original() if self.from_original else None
         done = recover(
             model, data, self.steps, train=self.train, teacher=teacher, learning_rate=self.rate, progress=progress
         )
@@ -133,8 +130,10 @@ class Job:
             result = compress(model, method, data=data, **settings)
             model = result.model
             if self.recovery:
-                original = lambda: load_model(self.source, dtype, device, progress=progress)[0]  # noqa: E731
-                model, recovered = self.recovery.run(model, data, settings["where"], original, progress=progress)
+                teacher = None
+                if self.recovery.from_original:
+                    teacher, _ = load_model(self.source, dtype, device, progress=progress)
+                model, recovered = self.recovery.run(model, data, settings["where"], teacher, progress=progress)
         after = measure(model, held_out, progress=progress) if held_out else None
         beside = None
         with waiting("saving", enabled=progress):

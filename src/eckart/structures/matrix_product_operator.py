@@ -164,7 +164,8 @@ class MatrixProductOperator(Structure):
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + b for x (..., in), site by site or through slabs of W, whichever takes fewer operations."""
         flat = x.reshape(-1, self.in_features)
-        y = self._by_slabs(flat) if self._prefers_slabs(len(flat)) else self._by_sites(flat)
+        slabs, sites = self._ways(len(flat))
+        y = self._by_slabs(flat) if slabs < sites else self._by_sites(flat)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
@@ -222,20 +223,14 @@ class MatrixProductOperator(Structure):
             costs.append((numbers * own * ranks[k], numbers))
         return costs
 
-    def _slab_costs(self) -> int:
-        """Multiply-adds that make all rows of W, a slab at a time."""
-        cost, outputs, inputs = 0, 1, 1
+    def _ways(self, tokens: int) -> tuple[int, int]:
+        """Multiply-adds by slabs, whose rows are made once for all tokens, and site by site."""
+        made, outputs, inputs = 0, 1, 1
         for core in reversed(self.cores):
             outputs, inputs = outputs * core.shape[1], inputs * core.shape[2]
-            cost += core.shape[0] * core.shape[3] * outputs * inputs
-        return cost
-
-    def _site_costs(self) -> int:
-        """Multiply-adds for one token, site by site."""
-        return sum(cost for cost, _ in self._costs(self._backwards()))
-
-    def _prefers_slabs(self, tokens: int) -> bool:
-        return self._slab_costs() + tokens * self.out_features * self.in_features < tokens * self._site_costs()
+            made += core.shape[0] * core.shape[3] * outputs * inputs
+        sites = sum(cost for cost, _ in self._costs(self._backwards()))
+        return made + tokens * self.out_features * self.in_features, tokens * sites
 
     def _backwards(self) -> bool:
         forwards, backwards = (sum(cost for cost, _ in self._costs(way)) for way in (False, True))
@@ -260,9 +255,7 @@ class MatrixProductOperator(Structure):
         site by site, from either end: tokens times the sum over sites of o_1 ... o_k i_k ... i_N r_{k-1} r_k
         by slabs: tokens m n and the sum over sites of o_k ... o_N i_k ... i_N r_{k-1} r_k
         """
-        if self._prefers_slabs(tokens):
-            return 2 * (self._slab_costs() + tokens * self.out_features * self.in_features)
-        return 2 * tokens * self._site_costs()
+        return 2 * min(self._ways(tokens))
 
     def _options(self) -> dict[str, Any]:
         return {
