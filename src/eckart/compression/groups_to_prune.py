@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..models.calibrate import Statistics
 from ..models.geometry import Geometry, set_geometry
 from ..models.parts import AttentionPart, MLPPart
 from ..models.replace import replace
 from ..models.result import LayerResult
 from ..models.select import LinearRef
 from ..models.slices import columns_of, rows_of_linear
-from .layer import left_dense
+from .layer import left_dense, relative_error
 
 __all__ = ["Group", "cut_out", "groups_of"]
 
@@ -128,7 +129,9 @@ def cut_out(model: nn.Module, groups: Sequence[Group]) -> dict[str, LayerResult]
             kept = group.kept(ref)
             new = columns_of(ref, kept) if ref is part.output else rows_of_linear(ref, kept)
             shape = (new.out_features, new.in_features)
-            error = _share_cut(ref.weight.detach(), kept, dim=1 if ref is part.output else 0)
+            weight, dim = ref.weight.detach(), 1 if ref is part.output else 0
+            left = torch.zeros_like(weight).index_copy(dim, kept, new.dense())
+            error = relative_error(weight, left, Statistics())
             records[ref.name] = LayerResult(ref.name, ref.shape, min(shape), "pruned", math.prod(shape), error)
             replace(model, ref.name, new, resize=True)
         if isinstance(part, AttentionPart):
@@ -142,10 +145,3 @@ def cut_out(model: nn.Module, groups: Sequence[Group]) -> dict[str, LayerResult]
             if counts:
                 set_geometry(part.module, Geometry(counts))
     return records
-
-
-def _share_cut(weight: Tensor, kept: Tensor, dim: int) -> float:
-    """||what is cut out of W||_F / ||W||_F."""
-    squares = weight.double().square().sum(dim=1 - dim)
-    total, cut = squares.sum(), squares.index_fill(0, kept, 0).sum()
-    return float((cut / total).sqrt()) if total > 0 else 0.0
